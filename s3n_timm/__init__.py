@@ -1,0 +1,36 @@
+"""S3N, Selective Sparse Sampling Networks (ICCV 2019), as timm models.
+
+`import s3n_timm` registers them: `timm.create_model("s3n_resnet50", num_classes=200)`.
+"""
+
+from .attention import sampling_map
+from .backbone import NoResponseMap
+from .hub import save
+from .loss import S3NLoss
+from .model import S3N, Explanation, S3NLogits
+from .peaks import find_peaks, partition_peaks
+from .registry import VARIANTS
+from .response import class_response_maps, gate_response, normalize_response
+from .sampling import SelectiveSample, resample, selective_sample, warp_grid
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "S3N",
+    "VARIANTS",
+    "Explanation",
+    "NoResponseMap",
+    "S3NLogits",
+    "S3NLoss",
+    "SelectiveSample",
+    "class_response_maps",
+    "find_peaks",
+    "gate_response",
+    "normalize_response",
+    "partition_peaks",
+    "resample",
+    "sampling_map",
+    "save",
+    "selective_sample",
+    "warp_grid",
+]

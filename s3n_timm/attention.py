@@ -1,0 +1,60 @@
+"""Gaussian attention around peaks, summed into sampling maps (paper eq. 5 to 7)."""
+
+import torch
+from torch import Tensor
+
+# Below this a peak's value is taken as this: 1/R and the Gaussian's width stay finite in float32.
+MIN_PEAK = 1e-6
+MIN_SPREAD = 1e-12
+
+
+def _squared_distances(cells: int, device: torch.device) -> Tensor:
+    position = torch.arange(cells, device=device, dtype=torch.float32)
+    return (position[:, None] - position[None, :]).square()
+
+
+def sampling_map(
+        response: Tensor,
+        weights: Tensor,
+        beta: Tensor | float,
+        branch: str = "discriminative",
+        floor: float = 0.09,
+) -> Tensor:
+    """Sum sparse attention over the peaks of one branch: Q = floor + Σ_i w_i A_i (eq. 5 to 7).
+
+    With d² the squared distance in cells from peak i and R_i its value,
+
+    - discriminative: A_i = R_i exp(-d² / (R_i β²)), a wide and high bump for a strong peak;
+    - complementary: A_i = (1 / R_i) exp(-d² / (R_i β²)), a narrow and very high one for a weak peak.
+
+    The exponential is a product of a factor in x and one in y, so the sum over peaks is one batched matrix product.
+    No gradient flows to `response` and `weights`; `beta` always receives one, zero where there is no peak.
+
+    Args:
+        response: B×G×G response in [0, 1].
+        weights: B×G×G weight of each cell as a peak, from `partition_peaks`.
+        beta: β₁ or β₂ in cells, a number or a one-element tensor.
+        branch: `"discriminative"` or `"complementary"`.
+        floor: b, the attention of a cell far from every peak.
+
+    Returns:
+        B×G×G sampling map Q, float32.
+
+    Raises:
+        ValueError: shapes differ, or `branch` is unknown.
+    """
+    if branch not in ("discriminative", "complementary"):
+        raise ValueError(f"branch must be 'discriminative' or 'complementary', got {branch!r}.")
+    if response.ndim != 3 or response.shape != weights.shape:
+        raise ValueError(
+            f"response and weights must both be B×G×G, got {tuple(response.shape)} and {tuple(weights.shape)}."
+        )
+    value = response.detach().float().clamp_min(MIN_PEAK)
+    weights = weights.detach().float()
+    height = weights * value if branch == "discriminative" else weights / value
+    beta = torch.as_tensor(beta, dtype=torch.float32, device=value.device)
+    falloff = -1 / (value * beta.square()).clamp_min(MIN_SPREAD)
+    rows, columns = value.shape[1:]
+    across_y = torch.exp(_squared_distances(rows, value.device)[None, :, :, None] * falloff[:, None]) * height[:, None]
+    across_x = torch.exp(_squared_distances(columns, value.device)[None, :, None, :] * falloff[:, None])
+    return floor + across_y.flatten(2) @ across_x.flatten(2).transpose(1, 2)

@@ -1,0 +1,570 @@
+"""S3N as an `nn.Module` with timm's interface: parameters and wiring around the functions of the method."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models import get_model_args, get_model_input_config, get_model_traits
+from timm.models._manipulate import group_with_matcher
+from torch import Tensor, nn
+
+from .backbone import (
+    Backbone,
+    backbone_response_maps,
+    classify,
+    features_from_map,
+    features_to_map,
+    hidden_maps,
+    inspect_head,
+)
+from .peaks import PARTITION_MODES
+from .response import class_response_maps, gate_response, gate_weights, grid_mean
+from .sampling import BRANCHES, SelectiveSample, as_grid, sample_response
+
+BRANCH_SETS = ("O", "O+D", "O+C", "D+C", "O+D+C")
+ATTENTIONS = ("sparse", "response", "saliency")
+NECKS = ("none", "conv")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # the paper's text, with `expected` in place of its random partition at inference
+    "paper": dict(
+        partition_train="probability",
+        partition_eval="expected",
+        partition_warmup_epochs=0,
+        neck="none",
+        gate_scores="logits",
+    ),
+    # the authors' released code, where it differs: epochs 0 to 20 are its warm-up
+    "original": dict(
+        partition_train="probability",
+        partition_eval="extreme",
+        partition_warmup_epochs=21,
+        neck="conv",
+        gate_scores="maps",
+    ),
+}
+
+
+class S3NLogits(NamedTuple):
+    """B×C logits Y_J, Y_O, Y_D and Y_C; None for a branch that the model does not have."""
+
+    joint: Tensor
+    original: Tensor | None
+    discriminative: Tensor | None
+    complementary: Tensor | None
+
+
+class Explanation(NamedTuple):
+    """All that a model saw in a batch; what belongs to a branch that the model does not have is None."""
+
+    sample: SelectiveSample | None  # response, peaks, weights, sampling maps, grids, images; None for branches="O"
+    logits: S3NLogits
+    maps: dict[str, Tensor]  # B×C×h×w class response maps by branch, each on the image that the branch read
+
+
+class S3N(nn.Module):
+    """Selective sparse sampling around a timm backbone (paper section 3, figure 2).
+
+    The backbone reads the input X; its class response maps give peaks; two warped images, X_d around strong and X_c
+    around weak peaks, go through the same backbone as one batch; a fusion layer classifies on the joined features.
+
+    In eval mode a call gives the B×C joint logits, in train mode `S3NLogits`; `set_branch_logits` overrides that.
+    Between epochs call `set_epoch`, which moves the partition schedule of the original on.
+
+    Args:
+        backbone: name of a timm model, or a module with timm's interface.
+        num_classes: C; 0 for features.
+        in_chans: channels of the input image.
+        preset: `"paper"` or `"original"`; fills every argument below that is left at None.
+        branches: `"O"`, `"O+D"`, `"O+C"`, `"D+C"` or `"O+D+C"`: what is fused. The backbone always reads X, as
+            that finds the peaks; under `"D+C"` its own classifier, which gives the maps, is the D branch's.
+        attention: `"sparse"`, or the dense `"response"` and `"saliency"` of table 3, which warp both images alike.
+        partition_train: how peaks are divided in train mode, see `partition_peaks`.
+        partition_eval: how peaks are divided in eval mode.
+        partition_warmup_epochs: so many first epochs divide by `"all"` in train and `"probability"` in eval mode.
+        neck: `"conv"` puts conv 3×3 stride 2, batch norm and ReLU before the pooling of D and C; `"none"` nothing.
+        beta_discriminative: start value of β₁ in cells; √2·0.09·G by default.
+        beta_complementary: start value of β₂ in cells; √2·0.3·G by default.
+        grid_size: G, or (rows, columns) for inputs that are not square.
+        window: side of a peak's window in cells.
+        peak_floor: `"mean"` or `"none"`, see `find_peaks`.
+        floor: b, attention far from every peak.
+        fwhm: F, full width at half maximum of the kernel k in cells.
+        threshold: δ of the entropy gate in nats.
+        topk: classes that count in the gate.
+        gate: `"paper"` or `"renormalised"`, see `gate_weights`.
+        gate_scores: `"logits"`, or `"maps"` for the means of the maps resized to the grid.
+        global_pool: `"avg"`, or `""` with `num_classes=0` for unpooled features.
+        img_size: input size for backbones that are built for one.
+        drop_rate: dropout before the classifiers.
+        drop_path_rate: stochastic depth of the backbone.
+        backbone_args: further arguments of `timm.create_model` for the backbone.
+
+    Raises:
+        ValueError: an argument is unknown or out of range, or the backbone has no class response maps
+            (`NoResponseMap`, with the reason).
+    """
+
+    backbone: Backbone
+    fusion: nn.Module
+    saliency: nn.Conv2d
+    partition_warm: Tensor
+
+    def __init__(
+            self,
+            backbone: str | nn.Module = "resnet50",
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            preset: str = "paper",
+            *,
+            branches: str = "O+D+C",
+            attention: str = "sparse",
+            partition_train: str | None = None,
+            partition_eval: str | None = None,
+            partition_warmup_epochs: int | None = None,
+            neck: str | None = None,
+            beta_discriminative: float | None = None,
+            beta_complementary: float | None = None,
+            grid_size: int | Sequence[int] = 31,
+            window: int = 3,
+            peak_floor: str = "mean",
+            floor: float = 0.09,
+            fwhm: float = 13,
+            threshold: float = 0.2,
+            topk: int = 5,
+            gate: str = "paper",
+            gate_scores: str | None = None,
+            global_pool: str | None = None,
+            img_size: int | Sequence[int] | None = None,
+            drop_rate: float = 0.0,
+            drop_path_rate: float | None = None,
+            backbone_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("preset", preset, tuple(PRESETS))
+        given: dict[str, Any] = dict(
+            partition_train=partition_train,
+            partition_eval=partition_eval,
+            partition_warmup_epochs=partition_warmup_epochs,
+            neck=neck,
+            gate_scores=gate_scores,
+        )
+        chosen = {name: PRESETS[preset][name] if value is None else value for name, value in given.items()}
+        grid = as_grid(grid_size)
+        cells = math.sqrt(grid[0] * grid[1])
+        beta_discriminative = math.sqrt(2) * 0.09 * cells if beta_discriminative is None else beta_discriminative
+        beta_complementary = math.sqrt(2) * 0.3 * cells if beta_complementary is None else beta_complementary
+        _check_choice("branches", branches, BRANCH_SETS)
+        _check_choice("attention", attention, ATTENTIONS)
+        _check_choice("partition_train", chosen["partition_train"], PARTITION_MODES)
+        _check_choice("partition_eval", chosen["partition_eval"], PARTITION_MODES)
+        _check_choice("neck", chosen["neck"], NECKS)
+        _check_choice("gate", gate, ("paper", "renormalised"))
+        _check_choice("gate_scores", chosen["gate_scores"], ("logits", "maps"))
+        _check_choice("peak_floor", peak_floor, ("mean", "none"))
+        _check_positive(
+            beta_discriminative=beta_discriminative,
+            beta_complementary=beta_complementary,
+            floor=floor,
+            fwhm=fwhm,
+            topk=topk,
+            in_chans=in_chans,
+        )
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"window must be a positive odd number of cells, got {window}.")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or more, got {num_classes}.")
+
+        self.in_chans = in_chans
+        self.branches = branches
+        self.attention = attention
+        self.partition_train: str = chosen["partition_train"]
+        self.partition_eval: str = chosen["partition_eval"]
+        self.partition_warmup_epochs: int = chosen["partition_warmup_epochs"]
+        self.gate_scores = chosen["gate_scores"]
+        self.gate_options: dict[str, Any] = dict(threshold=threshold, topk=topk, gate=gate)
+        self.sample_options: dict[str, Any] = dict(
+            grid_size=grid,
+            window=window,
+            peak_floor=peak_floor,
+            floor=floor,
+            fwhm=fwhm,
+        )
+        self.warped = tuple(name for name in BRANCHES if name[0].upper() in branches)
+        self._branch_logits: bool | None = None
+
+        self.backbone, backbone_name, backbone_args = _build_backbone(
+            backbone,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            img_size=img_size,
+            drop_rate=drop_rate or None,
+            drop_path_rate=drop_path_rate,
+            backbone_args=backbone_args,
+        )
+        self.head = inspect_head(self.backbone)
+        self.num_features = self.head.width
+        self.head_hidden_size = self.head.hidden_width * len(branches.split("+"))
+        self.feature_info = [
+            dict(info, module=f"backbone.{info['module']}") for info in getattr(self.backbone, "feature_info", [])
+        ]
+
+        if attention == "sparse":
+            starts = dict(discriminative=beta_discriminative, complementary=beta_complementary)
+            for name in self.warped:
+                self.register_parameter(f"beta_{name}", nn.Parameter(torch.tensor([float(starts[name])])))
+        elif attention == "saliency" and self.warped:
+            self.saliency = nn.Conv2d(self.num_features, 1, 1)
+        if chosen["neck"] == "conv":
+            for name in self.warped:
+                self.add_module(f"neck_{name}", _create_neck(self.num_features))
+        if self.partition_warmup_epochs:
+            # finished unless training says otherwise: a model that was never trained here evaluates deterministically
+            self.register_buffer("partition_warm", torch.ones((), dtype=torch.bool))
+        self._warming_up = False
+        self.register_load_state_dict_post_hook(_read_partition_phase)
+        self.reset_classifier(num_classes, global_pool)
+
+        self.config = dict(
+            backbone=backbone_name,
+            preset=preset,
+            branches=branches,
+            attention=attention,
+            **chosen,
+            beta_discriminative=beta_discriminative,
+            beta_complementary=beta_complementary,
+            grid_size=list(grid),
+            window=window,
+            peak_floor=peak_floor,
+            floor=floor,
+            fwhm=fwhm,
+            threshold=threshold,
+            topk=topk,
+            gate=gate,
+            backbone_args=backbone_args,
+        )
+        self._model_args = dict(self.config)  # timm exports these
+        traits = get_model_traits(self.backbone)
+        self._traits = dict(
+            first_conv=_prefixed(traits.get("first_conv")),
+            img_size=traits.get("img_size"),
+            fixed_input_size=traits.get("fixed_input_size", False),
+        )
+        self.pretrained_cfg = dict(self.backbone_cfg(getattr(self.backbone, "pretrained_cfg", {})), architecture="s3n")
+        self.default_cfg = self.pretrained_cfg
+
+    def backbone_cfg(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        """The backbone's own timm config, with its names as they are inside this model."""
+        classifiers = [_prefixed(self.head.classifier)]
+        classifiers += [name for name, _ in self.named_children() if name.startswith(("classifier_", "fusion"))]
+        return dict(
+            cfg,
+            input_size=get_model_input_config(self.backbone)["input_size"],
+            first_conv=_prefixed(cfg.get("first_conv")),
+            classifier=tuple(classifiers),
+        )
+
+    # the forward path, in the order of figure 2
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Backbone features S: B×3×H×W images to B×D×h×w, whatever the backbone's own layout."""
+        return features_to_map(self.backbone.forward_features(x), self.head, x.shape[-2:])
+
+    def merge_response(self, features: Tensor, logits: Tensor) -> Tensor:
+        """The gated response B×h×w of features B×D×h×w with logits Y_O (eq. 1 to 3), without a gradient.
+
+        Projecting the features on the summed classifier rows of the chosen classes gives the sum of their maps
+        without building the others.
+        """
+        features, scores = features.detach(), logits.detach()
+        grid = self.sample_options["grid_size"]
+        if not self.head.reads_hidden:
+            maps = backbone_response_maps(self.backbone, self.head, features).detach().float()
+            scores = grid_mean(maps, grid) if self.gate_scores == "maps" else scores
+            return gate_response(maps, scores, **self.gate_options)
+        hidden = hidden_maps(self.backbone, self.head, features).detach().float()
+        classifier = self.backbone.get_submodule(self.head.classifier)
+        weight = classifier.weight.detach().flatten(1).float()
+        if self.gate_scores == "maps":
+            scores = classify(classifier, grid_mean(hidden, grid).to(features.dtype)).detach()
+        rows = gate_weights(scores, **self.gate_options) @ weight
+        return torch.einsum("bd,bdhw->bhw", rows, hidden)
+
+    def sample(self, x: Tensor, features: Tensor, logits: Tensor) -> SelectiveSample:
+        """Warp B×3×H×W images by the response of their features and logits (eq. 2 to 8), in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            if self.attention == "saliency":
+                saliency = self.saliency(features.to(self.saliency.weight.dtype)).float()
+                response = saliency.flatten(1).softmax(1).view(saliency.shape)[:, 0]
+            else:
+                response = self.merge_response(features, logits)
+            return sample_response(
+                x,
+                response,
+                mode=self.partition,
+                beta_discriminative=getattr(self, "beta_discriminative", None),
+                beta_complementary=getattr(self, "beta_complementary", None),
+                attention=self.attention,
+                branches=self.warped,
+                **self.sample_options,
+            )
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Pooled features of one branch, all of the backbone's head but its classifier: B×D×h×w to B×D'."""
+        return self.backbone.forward_head(features_from_map(features, self.head), pre_logits=True)
+
+    def apply_neck(self, features: Tensor, branch: str) -> Tensor:
+        """The branch's neck, where the model has one."""
+        neck = getattr(self, f"neck_{branch}", None)
+        return features if neck is None else neck(features)
+
+    def classify_backbone(self, features: Tensor, hidden: Tensor) -> Tensor:
+        """Logits of the backbone's own classifier, from B×D' pooled features where it reads those."""
+        if self.head.reads_hidden:
+            return classify(self.backbone.get_submodule(self.head.classifier), hidden)
+        return self.backbone.forward_head(features_from_map(features, self.head))
+
+    def classify_branch(self, features: Tensor, hidden: Tensor, branch: str) -> Tensor:
+        """Logits of a warped branch."""
+        classifier = getattr(self, f"classifier_{branch}", None)
+        return self.classify_backbone(features, hidden) if classifier is None else classifier(hidden)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Head on the features of X alone, as if both warps were the identity.
+
+        This is what `forward` gives for an image without peaks: without class scores there is no response map and
+        with one feature map there is no image to warp.
+
+        Args:
+            x: B×D×h×w features of `forward_features`.
+            pre_logits: give the joined features, not the joint logits.
+
+        Returns:
+            B×C joint logits; B×`head_hidden_size` joined features; or `x` itself where pooling is switched off.
+        """
+        if self.global_pool == "":
+            return x
+        joined = [self.pool(x)] if "O" in self.branches else []
+        joined += [self.pool(self.apply_neck(x, branch)) for branch in self.warped]
+        hidden = torch.cat(joined, dim=1)
+        return hidden if pre_logits else self.fusion(hidden)
+
+    def forward_branches(self, x: Tensor) -> tuple[S3NLogits, SelectiveSample | None, dict[str, Tensor]]:
+        """Logits of every branch and of their fusion, the sample, and each branch's B×D×h×w features."""
+        features = {"original": self.forward_features(x)}
+        hidden = {"original": self.pool(features["original"])}
+        logits = {"original": self.classify_backbone(features["original"], hidden["original"])}
+        sample = None
+        if self.warped:
+            sample = self.sample(x, features["original"], logits["original"])
+            warped = self.forward_features(torch.cat([getattr(sample, branch) for branch in self.warped]))
+            for branch, part in zip(self.warped, warped.chunk(len(self.warped))):
+                features[branch] = self.apply_neck(part, branch)
+                hidden[branch] = self.pool(features[branch])
+                logits[branch] = self.classify_branch(features[branch], hidden[branch], branch)
+        if "O" not in self.branches:
+            del hidden["original"], logits["original"]
+        joint = self.fusion(torch.cat(list(hidden.values()), dim=1))
+        return S3NLogits(joint, *(logits.get(name) for name in S3NLogits._fields[1:])), sample, features
+
+    def forward(self, x: Tensor) -> Tensor | S3NLogits:
+        if self.num_classes == 0:
+            return self.forward_head(self.forward_features(x))
+        logits, _, _ = self.forward_branches(x)
+        wants_branches = self.training if self._branch_logits is None else self._branch_logits
+        return logits if wants_branches else logits.joint
+
+    @torch.no_grad()
+    def explain(self, x: Tensor) -> Explanation:
+        """Return all that the model saw: what it sampled, and each branch's logits and class response maps.
+
+        Args:
+            x: B×3×H×W images.
+
+        Returns:
+            An `Explanation`. It follows the mode: call `eval()` first for what inference sees.
+
+        Raises:
+            ValueError: the model has no classes.
+        """
+        if self.num_classes == 0:
+            raise ValueError("explain needs a classifier: this model has num_classes=0 and so no response maps.")
+        logits, sample, features = self.forward_branches(x)
+        maps = {}
+        for branch, part in features.items():
+            classifier = getattr(self, f"classifier_{branch}", None)
+            if classifier is None:
+                maps[branch] = backbone_response_maps(self.backbone, self.head, part)
+            else:
+                maps[branch] = class_response_maps(hidden_maps(self.backbone, self.head, part), classifier)
+        return Explanation(sample, logits, maps)
+
+    # state that the forward path reads
+
+    @property
+    def partition(self) -> str:
+        """The partition mode in force."""
+        if self._warming_up:
+            return "all" if self.training else "probability"
+        return self.partition_train if self.training else self.partition_eval
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move the partition schedule to an epoch, counted from 0 (section 4); a no-op without warm-up epochs."""
+        if self.partition_warmup_epochs:
+            self._warming_up = epoch < self.partition_warmup_epochs
+            self.partition_warm.fill_(not self._warming_up)
+
+    def set_branch_logits(self, enable: bool | None = True) -> None:
+        """Return `S3NLogits` (True), joint logits (False), or whichever the mode asks for (None)."""
+        self._branch_logits = enable
+
+    # timm's interface
+
+    def get_classifier(self) -> nn.Module:
+        """The fusion layer, whose output is the prediction."""
+        return self.fusion
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace every classifier by a new one.
+
+        Args:
+            num_classes: C. With 0 the model gives joined features B×`head_hidden_size` under identity warps.
+            global_pool: `""` with `num_classes=0` gives the unpooled features B×D×h×w; None keeps what there is.
+
+        Raises:
+            ValueError: `global_pool` is not `"avg"`, or `""` without classes.
+        """
+        if global_pool is None:
+            global_pool = "avg" if num_classes else getattr(self, "global_pool", "avg")
+        _check_choice("global_pool", global_pool, ("avg",) if num_classes else ("avg", ""))
+        self.global_pool = global_pool
+        self.num_classes = num_classes
+        if getattr(self.backbone, "num_classes", None) != num_classes:
+            self.backbone.reset_classifier(num_classes)
+        reference = next(self.backbone.parameters())
+
+        def create(width: int) -> nn.Module:
+            if num_classes == 0:
+                return nn.Identity()
+            return nn.Linear(width, num_classes, device=reference.device, dtype=reference.dtype)
+
+        for branch in self.warped:
+            if branch == "complementary" or "O" in self.branches:
+                self.add_module(f"classifier_{branch}", create(self.head.hidden_width))
+        self.fusion = create(self.head_hidden_size)
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = "NCHW",
+            intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Intermediate features of the backbone on X, as timm's models give them."""
+        out = self.backbone.forward_intermediates(
+            x,
+            indices=indices,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )
+        if intermediates_only:
+            return out
+        return features_to_map(out[0], self.head, x.shape[-2:]), out[1]
+
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Drop what the chosen intermediate features don't need."""
+        taken = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            for name in [name for name, _ in self.named_children() if name != "backbone"]:
+                delattr(self, name)
+            for name in list(self._parameters):
+                delattr(self, name)
+        return taken
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
+        """Layer groups of the backbone, and a last one for all that S3N adds."""
+        matcher = self.backbone.group_matcher(coarse=coarse)
+        names = [name for name, _ in self.backbone.named_parameters()]
+        groups = group_with_matcher(((n, n) for n in names), matcher, reverse=True)
+
+        def match(name: str) -> tuple[float, ...]:
+            return (float(groups.get(name.removeprefix("backbone."), math.inf)),)
+
+        return match
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay: the backbone's, and β."""
+        names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        betas = {name for name in self._parameters if name.startswith("beta_")}
+        return {f"backbone.{name}" for name in names} | betas
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass instead of storing them."""
+        self.backbone.set_grad_checkpointing(enable)
+
+
+def _build_backbone(
+        backbone: Backbone,
+        num_classes: int,
+        in_chans: int,
+        backbone_args: Mapping[str, Any] | None,
+        **kwargs: Any,
+) -> tuple[Backbone, str | None, dict[str, Any]]:
+    """The backbone with at least one class, its timm name where it has one, and its further arguments."""
+    if isinstance(backbone, str):
+        model = timm.create_model(
+            backbone,
+            pretrained=False,
+            num_classes=max(num_classes, 1),
+            in_chans=in_chans,
+            **kwargs,
+            **dict(backbone_args or {}),
+        )
+        return model, backbone, dict(backbone_args or {})
+    name: str | None = getattr(backbone, "pretrained_cfg", {}).get("architecture")
+    if getattr(backbone, "num_classes", None) != num_classes:
+        backbone.reset_classifier(max(num_classes, 1))
+    args = {k: v for k, v in get_model_args(backbone).items() if k not in ("num_classes", "in_chans", "global_pool")}
+    return backbone, name, args
+
+
+def _create_neck(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _read_partition_phase(model: S3N, _: Any) -> None:
+    """Bring the phase back from a state dict: the forward path reads a plain bool, so that it stays one graph."""
+    if model.partition_warmup_epochs and not model.partition_warm.is_meta:
+        model._warming_up = not bool(model.partition_warm)
+
+
+def _prefixed(names: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    if names is None or isinstance(names, str):
+        return names and f"backbone.{names}"
+    return tuple(f"backbone.{name}" for name in names)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive number, got {value!r}.")

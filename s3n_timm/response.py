@@ -1,0 +1,125 @@
+"""Class response maps and the entropy gate that merges them (paper eq. 1 to 3)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def class_response_maps(features: Tensor, classifier: nn.Linear | nn.Conv2d | Tensor) -> Tensor:
+    """Project features on the classifier's weights at every position: M_c = sum_d W[d, c] S_d + b_c (eq. 1).
+
+    The mean of a map over its positions is the class score that global average pooling followed by the same
+    classifier gives.
+
+    Args:
+        features: B×D×h×w feature maps S.
+        classifier: the linear classifier that follows pooling: `nn.Linear`, a 1×1 `nn.Conv2d`, or its C×D weight.
+
+    Returns:
+        B×C×h×w class response maps.
+
+    Raises:
+        ValueError: `features` is not 4-D, or its width is not the classifier's.
+    """
+    if features.ndim != 4:
+        raise ValueError(f"features must be B×D×h×w, got {features.ndim} dimensions.")
+    weight, bias = (classifier, None) if isinstance(classifier, Tensor) else (classifier.weight, classifier.bias)
+    weight = weight.flatten(1)
+    if features.shape[1] != weight.shape[1]:
+        raise ValueError(f"features have {features.shape[1]} channels but the classifier reads {weight.shape[1]}.")
+    return F.conv2d(features, weight[:, :, None, None], bias)
+
+
+def gate_weights(scores: Tensor, threshold: float = 0.2, topk: int = 5, gate: str = "paper") -> Tensor:
+    """Say which class response maps make up the response of an image (eq. 2 and 3).
+
+    With p the `topk` largest softmax probabilities and H = -sum p ln p, the top-1 map alone is chosen where
+    H <= `threshold`, else the sum of the `topk` maps.
+
+    Args:
+        scores: B×C class scores.
+        threshold: δ, in nats.
+        topk: how many classes count; all of them where there are fewer.
+        gate: `"paper"` takes the probabilities as they are, `"renormalised"` divides them by their sum first, so
+            that H does not shrink as classes are added.
+
+    Returns:
+        B×C weights, 0 or 1: a response is their product with the maps.
+
+    Raises:
+        ValueError: `scores` is not B×C, or `gate` is unknown.
+    """
+    if scores.ndim != 2:
+        raise ValueError(f"scores must be B×C, got {scores.ndim} dimensions.")
+    if gate not in ("paper", "renormalised"):
+        raise ValueError(f"gate must be 'paper' or 'renormalised', got {gate!r}.")
+    scores = scores.float()
+    top, index = scores.softmax(dim=1).topk(min(topk, scores.shape[1]), dim=1)
+    p = top / top.sum(dim=1, keepdim=True) if gate == "renormalised" else top
+    entropy = torch.special.entr(p).sum(dim=1, keepdim=True)
+    chosen = (entropy > threshold).to(scores.dtype).expand_as(p)
+    rank = torch.arange(p.shape[1], device=scores.device)
+    chosen = torch.where(rank == 0, torch.ones_like(chosen), chosen)
+    return torch.zeros_like(scores).scatter(1, index, chosen)
+
+
+def gate_response(
+        maps: Tensor,
+        scores: Tensor,
+        threshold: float = 0.2,
+        topk: int = 5,
+        gate: str = "paper",
+) -> Tensor:
+    """Merge class response maps into one response R per image by the entropy gate (eq. 2 and 3).
+
+    Args:
+        maps: B×C×h×w class response maps.
+        scores: B×C class scores.
+        threshold: δ, in nats.
+        topk: how many classes count where the network is unsure.
+        gate: see `gate_weights`.
+
+    Returns:
+        B×h×w response: the top-1 map, or the sum of the top-k maps. `normalize_response` brings it to [0, 1].
+
+    Raises:
+        ValueError: shapes don't agree, or `gate` is unknown.
+    """
+    if maps.ndim != 4 or maps.shape[:2] != scores.shape:
+        raise ValueError(f"maps must be B×C×h×w for B×C scores, got {tuple(maps.shape)} and {tuple(scores.shape)}.")
+    return torch.einsum("bc,bchw->bhw", gate_weights(scores, threshold, topk, gate), maps.float())
+
+
+def resize_maps(maps: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Resize B×C×h×w maps to the sampling grid, bilinearly with aligned corners (section 3.1)."""
+    if maps.shape[-2:] == tuple(grid_size):
+        return maps
+    return F.interpolate(maps, size=grid_size, mode="bilinear", align_corners=True)
+
+
+def grid_mean(maps: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Mean over positions of B×C×h×w maps resized to the grid, without building them: B×C.
+
+    Resizing is linear, so its mean is a weighted mean of the maps' own positions, separable in y and x.
+    """
+    weights = []
+    for cells, size in zip(maps.shape[-2:], grid_size):
+        one_hot = torch.eye(cells, device=maps.device, dtype=maps.dtype)[None]
+        weights.append(F.interpolate(one_hot, size=size, mode="linear", align_corners=True).mean(2)[0])
+    return torch.einsum("bchw,h,w->bc", maps, *weights)
+
+
+def normalize_response(response: Tensor) -> Tensor:
+    """Bring each image's response to [0, 1]: (R - min R) / (max R - min R).
+
+    Args:
+        response: B×h×w response.
+
+    Returns:
+        B×h×w float32 response; all zeros where the response is constant.
+    """
+    response = response.float()
+    low = response.amin(dim=(1, 2), keepdim=True)
+    span = response.amax(dim=(1, 2), keepdim=True) - low
+    # a constant map has no span: dividing by one leaves it at zero instead of NaN
+    return (response - low) / torch.where(span > 0, span, torch.ones_like(span))

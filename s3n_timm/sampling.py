@@ -1,0 +1,255 @@
+"""From a sampling map to a warped image, and the whole of selective sparse sampling (paper eq. 6 to 8)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import sampling_map
+from .peaks import find_peaks, partition_peaks
+from .response import gate_response, normalize_response, resize_maps
+
+BRANCHES = ("discriminative", "complementary")
+
+
+def _axis_filters(cells: int, fwhm: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Write one axis of k ∗ Q and of k ∗ (Q·(u - u_i)) as matrices that act on the unpadded cells.
+
+    Replicating the border and cutting k are both linear, so the padding folds into the matrix: column c gathers
+    every padded cell whose value is a copy of cell c. The offset from each cell's own coordinate u_i, not u itself,
+    is filtered because it keeps float32 exact where the map is uniform.
+    """
+    cell = torch.arange(cells, device=device)
+    padded = torch.arange(1 - cells, 2 * cells - 1, device=device)
+    offset = (padded[None, :] - cell[:, None]).float()
+    kernel = torch.exp(offset.square() * (-4 * math.log(2) / fwhm**2)) * (offset.abs() < cells)
+    source = (padded.clamp(0, cells - 1)[:, None] == cell[None, :]).float()
+    return kernel @ source, (kernel * offset / (cells - 1)) @ source
+
+
+def _filter_dense(sampling_map: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k ∗ Q, k ∗ (Q·(u - u_i)) and k ∗ (Q·(v - v_i)) for a kernel that is not separable, by plain convolution."""
+    rows, columns = sampling_map.shape[1:]
+    if kernel.shape != (2 * rows - 1, 2 * columns - 1):
+        raise ValueError(
+            f"kernel must be {2 * rows - 1}×{2 * columns - 1} for a {rows}×{columns} grid, got {tuple(kernel.shape)}."
+        )
+    device = sampling_map.device
+    du = torch.arange(1 - columns, columns, device=device) / (columns - 1)
+    dv = torch.arange(1 - rows, rows, device=device) / (rows - 1)
+    kernels = torch.stack([kernel, kernel * du, kernel * dv[:, None]])[:, None].float()
+    padded = F.pad(sampling_map[:, None], (columns - 1, columns - 1, rows - 1, rows - 1), mode="replicate")
+    mass, shift_x, shift_y = F.conv2d(padded, kernels).unbind(1)
+    return mass, shift_x, shift_y
+
+
+def warp_grid(
+        sampling_map: Tensor,
+        size: Sequence[int],
+        fwhm: float = 13,
+        kernel: Tensor | None = None,
+) -> Tensor:
+    """Turn a sampling map into the grid that a warped image is read from (eq. 8).
+
+    f = (k ∗ (Q·u)) / (k ∗ Q) and g likewise in y, with Q padded by G - 1 cells of its border and u running on
+    linearly into the padding. A uniform map gives the identity.
+
+    Args:
+        sampling_map: B×G×G attention Q, positive.
+        size: (H, W) of the warped image in pixels.
+        fwhm: F, full width at half maximum of the Gaussian k in cells.
+        kernel: a (2G-1)×(2G-1) kernel to use in place of the Gaussian.
+
+    Returns:
+        B×H×W×2 grid of (x, y) in [-1, 1], the corners' centres at ±1.
+
+    Raises:
+        ValueError: `sampling_map` is not B×G×G with G >= 2, or `kernel` does not fit it.
+    """
+    if sampling_map.ndim != 3 or min(sampling_map.shape[1:]) < 2:
+        raise ValueError(f"sampling_map must be B×G×G with at least 2 cells a side, got {tuple(sampling_map.shape)}.")
+    q = sampling_map.float()
+    rows, columns = q.shape[1:]
+    if kernel is None:
+        mass_x, shift_x = _axis_filters(columns, fwhm, q.device)
+        mass_y, shift_y = _axis_filters(rows, fwhm, q.device)
+        filtered_y = mass_y @ q
+        mass = filtered_y @ mass_x.T
+        f, g = filtered_y @ shift_x.T, shift_y @ q @ mass_x.T
+    else:
+        mass, f, g = _filter_dense(q, kernel)
+    x = torch.linspace(-1, 1, columns, device=q.device)
+    y = torch.linspace(-1, 1, rows, device=q.device)[:, None]
+    grid = torch.stack([x + 2 * f / mass, y + 2 * g / mass], dim=1).clamp(-1, 1)
+    return F.interpolate(grid, size=tuple(size), mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+
+
+def resample(image: Tensor, grid: Tensor) -> Tensor:
+    """Read an image at a warp grid (section 3.3): bilinear, zeros outside, corners aligned.
+
+    Args:
+        image: B×3×H×W.
+        grid: B×H'×W'×2 of `warp_grid`.
+
+    Returns:
+        B×3×H'×W' in the image's dtype, computed in float32.
+    """
+    warped = F.grid_sample(image.float(), grid.float(), mode="bilinear", padding_mode="zeros", align_corners=True)
+    return warped.to(image.dtype)
+
+
+def as_grid(grid_size: int | Sequence[int]) -> tuple[int, int]:
+    """Read G, or (rows, columns), as a pair; both at least 2."""
+    pair = (grid_size, grid_size) if isinstance(grid_size, int) else tuple(grid_size)
+    if len(pair) != 2 or min(pair) < 2:
+        raise ValueError(f"grid_size must be one number or (rows, columns), each at least 2, got {grid_size!r}.")
+    return pair
+
+
+class SelectiveSample(NamedTuple):
+    """What selective sparse sampling made of a batch; the fields of a branch that was left out are None."""
+
+    discriminative: Tensor | None  # B×3×H×W
+    complementary: Tensor | None  # B×3×H×W
+    grid_discriminative: Tensor | None  # B×H×W×2
+    grid_complementary: Tensor | None  # B×H×W×2
+    response: Tensor  # B×G×G in [0, 1]
+    peaks: Tensor  # B×G×G boolean
+    weights_discriminative: Tensor | None  # B×G×G
+    weights_complementary: Tensor | None  # B×G×G
+    map_discriminative: Tensor | None  # B×G×G sampling map Q_d
+    map_complementary: Tensor | None  # B×G×G sampling map Q_c
+
+
+def sample_response(
+        image: Tensor,
+        response: Tensor,
+        *,
+        mode: str,
+        beta_discriminative: Tensor | float | None,
+        beta_complementary: Tensor | float | None,
+        attention: str = "sparse",
+        grid_size: int | Sequence[int] = 31,
+        window: int = 3,
+        peak_floor: str = "mean",
+        floor: float = 0.09,
+        fwhm: float = 13,
+        kernel: Tensor | None = None,
+        branches: Sequence[str] = BRANCHES,
+        generator: torch.Generator | None = None,
+) -> SelectiveSample:
+    """Sample an image by a response that is already merged: `selective_sample` after its gate.
+
+    Args:
+        image: B×3×H×W.
+        response: B×h×w response of `gate_response`, or the saliency to sample by.
+        attention: `"sparse"`: Gaussians around peaks; `"response"`: Q = floor + R, dense; `"saliency"`: Q = floor +
+            the response as it is, not normalised and with its gradient, no peaks.
+
+    The other arguments, the result and the errors are those of `selective_sample`.
+    """
+    if attention not in ("sparse", "response", "saliency"):
+        raise ValueError(f"attention must be 'sparse', 'response' or 'saliency', got {attention!r}.")
+    grid_size = as_grid(grid_size)
+    response = resize_maps(response.float()[:, None], grid_size)[:, 0]
+    if attention == "saliency":
+        saliency, response = response, normalize_response(response.detach())
+    else:
+        response = normalize_response(response.detach())
+    if attention == "sparse":
+        peaks = find_peaks(response, window, peak_floor)
+        weights = dict(zip(BRANCHES, partition_peaks(response, peaks, mode, generator)))
+    else:
+        peaks = torch.zeros_like(response, dtype=torch.bool)
+        weights = {}
+    betas = {"discriminative": beta_discriminative, "complementary": beta_complementary}
+    images: dict[str, Tensor] = {}
+    grids: dict[str, Tensor] = {}
+    maps: dict[str, Tensor] = {}
+    for branch in branches:
+        if attention == "sparse":
+            beta = betas[branch]
+            if beta is None:
+                raise ValueError(f"beta_{branch} is missing: the {branch} branch needs it for sparse attention.")
+            maps[branch] = sampling_map(response, weights[branch], beta, branch, floor)
+        else:
+            maps[branch] = floor + (saliency if attention == "saliency" else response)
+        grids[branch] = warp_grid(maps[branch], image.shape[-2:], fwhm, kernel)
+        images[branch] = resample(image, grids[branch])
+    strong, weak = BRANCHES
+    return SelectiveSample(
+        discriminative=images.get(strong),
+        complementary=images.get(weak),
+        grid_discriminative=grids.get(strong),
+        grid_complementary=grids.get(weak),
+        response=response,
+        peaks=peaks,
+        weights_discriminative=weights.get(strong),
+        weights_complementary=weights.get(weak),
+        map_discriminative=maps.get(strong),
+        map_complementary=maps.get(weak),
+    )
+
+
+def selective_sample(
+        image: Tensor,
+        maps: Tensor,
+        scores: Tensor | None,
+        *,
+        mode: str,
+        beta_discriminative: Tensor | float | None,
+        beta_complementary: Tensor | float | None,
+        threshold: float = 0.2,
+        topk: int = 5,
+        gate: str = "paper",
+        grid_size: int | Sequence[int] = 31,
+        **options: Any,
+) -> SelectiveSample:
+    """Warp an image twice, once around its strong and once around its weak peaks (section 3, eq. 2 to 8).
+
+    Gate, resize, normalise, find peaks, divide them, sum their attention, warp. Everything is float32, also inside
+    autocast; β and the image receive gradients, the maps and scores don't.
+
+    Args:
+        image: B×3×H×W input X.
+        maps: B×C×h×w class response maps of any resolution.
+        scores: B×C class scores for the gate; None takes the means of the resized maps, as the original does.
+        mode: how peaks are divided, see `partition_peaks`.
+        beta_discriminative: β₁ in cells.
+        beta_complementary: β₂ in cells.
+        threshold: δ of the gate in nats.
+        topk: classes that count in the gate.
+        gate: `"paper"` or `"renormalised"`, see `gate_weights`.
+        grid_size: G, or (rows, columns) for images that are not square.
+        **options: of `sample_response`: `attention`, `window`, `peak_floor`, `floor`, `fwhm`, `kernel`, `branches`
+            and `generator`.
+
+    Returns:
+        A `SelectiveSample`.
+
+    Raises:
+        ValueError: a shape or an option is wrong; the message names the argument.
+    """
+    if image.ndim != 4 or maps.ndim != 4 or image.shape[0] != maps.shape[0]:
+        raise ValueError(
+            f"image must be B×3×H×W and maps B×C×h×w of one batch size, got {tuple(image.shape)} and "
+            f"{tuple(maps.shape)}."
+        )
+    grid_size = as_grid(grid_size)
+    with torch.autocast(image.device.type, enabled=False):
+        maps = maps.detach().float()
+        if scores is None:
+            scores = resize_maps(maps, grid_size).mean((2, 3))
+        response = gate_response(maps, scores.detach(), threshold, topk, gate)
+        return sample_response(
+            image,
+            response,
+            mode=mode,
+            beta_discriminative=beta_discriminative,
+            beta_complementary=beta_complementary,
+            grid_size=grid_size,
+            **options,
+        )
