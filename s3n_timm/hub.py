@@ -1,9 +1,11 @@
 """Models to and from folders: safetensors weights beside the config.json that timm rebuilds them from."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import save_for_hf
 
 from .model import S3N
@@ -34,8 +36,9 @@ def save(
         raise ValueError("This model's backbone is not one of timm's by name, so config.json could not rebuild it.")
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f"label_names has {len(label_names)} names for {model.num_classes} classes.")
+    # safetensors wants contiguous tensors, which a model trained in channels-last does not have
     save_for_hf(
-        model,
+        deepcopy(model).to(memory_format=torch.contiguous_format),
         str(folder),
         model_config=None if label_names is None else dict(label_names=list(label_names)),
         model_args=dict(model.config),
