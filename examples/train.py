@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", default="birds", choices=("birds", "cub", "folder"))
     data.add_argument("--data-dir", help="folder of the data set; drawn birds need none")
-    data.add_argument("--num-images", type=int, default=2000, help="drawn birds: training images")
+    data.add_argument("--num-images", type=int, default=3000, help="drawn birds: training images")
     data.add_argument("--num-classes", type=int, default=8, help="drawn birds: classes")
     data.add_argument("--val-fraction", type=float, default=0.1, help="part of the training images, stratified, that "
                       "chooses the best epoch; with 0 the last epoch counts as best and the test split is only watched")
