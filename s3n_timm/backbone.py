@@ -6,6 +6,7 @@ own statistics, which keeps the mean of a map equal to its class score. Anything
 it is, which is exact for affine layers and approximates for others. `inspect_head` finds out by running the head.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -198,10 +199,13 @@ def features_to_map(features: Tensor, head: Head, size: Sequence[int]) -> Tensor
     if head.layout == "NHWC":
         return features.permute(0, 3, 1, 2)
     tokens = features[:, head.prefix_tokens :]
-    rows = round((tokens.shape[1] * size[0] / size[1]) ** 0.5)
-    if rows == 0 or tokens.shape[1] % rows:
-        raise ValueError(f"{tokens.shape[1]} tokens don't fill a grid of the shape of a {size[0]}×{size[1]} image.")
-    return tokens.transpose(1, 2).unflatten(2, (rows, tokens.shape[1] // rows))
+    # patches need not fill the image, so the grid is the one whose shape comes nearest to the image's
+    count = tokens.shape[1]
+    stretch = {r: abs(math.log(r * r / count * size[1] / size[0])) for r in range(1, count + 1) if count % r == 0}
+    rows = min(stretch, key=lambda r: stretch[r])
+    if stretch[rows] >= math.log(2):
+        raise ValueError(f"{count} tokens don't fill a grid of the shape of a {size[0]}×{size[1]} image.")
+    return tokens.transpose(1, 2).unflatten(2, (rows, count // rows))
 
 
 def features_from_map(maps: Tensor, head: Head) -> Tensor:

@@ -55,4 +55,7 @@ class S3NLoss(nn.Module):
 def _cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
     # torch spreads its smoothing over all C classes, the true one included; this factor spreads it over the others
     classes = logits.shape[1]
-    return F.cross_entropy(logits, target, label_smoothing=smoothing * classes / max(classes - 1, 1))
+    spread = smoothing * classes / max(classes - 1, 1)
+    if spread > 1:
+        raise ValueError(f"smoothing {smoothing} is more than {classes} classes share evenly: (C - 1) / C at most.")
+    return F.cross_entropy(logits, target, label_smoothing=spread)

@@ -21,10 +21,9 @@ from .backbone import (
 )
 from .peaks import PARTITION_MODES
 from .response import class_response_maps, gate_response, gate_weights, grid_mean
-from .sampling import BRANCHES, SelectiveSample, as_grid, sample_response
+from .sampling import ATTENTIONS, BRANCHES, SelectiveSample, as_grid, sample_response
 
 BRANCH_SETS = ("O", "O+D", "O+C", "D+C", "O+D+C")
-ATTENTIONS = ("sparse", "response", "saliency")
 NECKS = ("none", "conv")
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -278,17 +277,18 @@ class S3N(nn.Module):
         Projecting the features on the summed classifier rows of the chosen classes gives the sum of their maps
         without building the others.
         """
-        features, scores = features.detach(), logits.detach()
+        classifier = self.backbone.get_submodule(self.head.classifier)
+        # under autocast the features come in low precision; here everything has the precision of the weights
+        features, scores = features.detach().to(classifier.weight.dtype), logits.detach()
         grid = self.sample_options["grid_size"]
         if not self.head.reads_hidden:
             maps = backbone_response_maps(self.backbone, self.head, features).detach().float()
             scores = grid_mean(maps, grid) if self.gate_scores == "maps" else scores
             return gate_response(maps, scores, **self.gate_options)
-        hidden = hidden_maps(self.backbone, self.head, features).detach().float()
-        classifier = self.backbone.get_submodule(self.head.classifier)
-        weight = classifier.weight.detach().flatten(1).float()
+        hidden = hidden_maps(self.backbone, self.head, features).detach()
         if self.gate_scores == "maps":
-            scores = classify(classifier, grid_mean(hidden, grid).to(features.dtype)).detach()
+            scores = classify(classifier, grid_mean(hidden, grid)).detach()
+        weight, hidden = classifier.weight.detach().flatten(1).float(), hidden.float()
         rows = gate_weights(scores, **self.gate_options) @ weight
         return torch.einsum("bd,bdhw->bhw", rows, hidden)
 

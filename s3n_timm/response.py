@@ -47,10 +47,12 @@ def gate_weights(scores: Tensor, threshold: float = 0.2, topk: int = 5, gate: st
         B×C weights, 0 or 1: a response is their product with the maps.
 
     Raises:
-        ValueError: `scores` is not B×C, or `gate` is unknown.
+        ValueError: `scores` is not B×C, `topk` is not positive, or `gate` is unknown.
     """
     if scores.ndim != 2:
         raise ValueError(f"scores must be B×C, got {scores.ndim} dimensions.")
+    if topk < 1:
+        raise ValueError(f"topk must be at least 1, got {topk}.")
     if gate not in ("paper", "renormalised"):
         raise ValueError(f"gate must be 'paper' or 'renormalised', got {gate!r}.")
     scores = scores.float()

@@ -13,6 +13,7 @@ from .peaks import find_peaks, partition_peaks
 from .response import gate_response, normalize_response, resize_maps
 
 BRANCHES = ("discriminative", "complementary")
+ATTENTIONS = ("sparse", "response", "saliency")
 
 
 def _axis_filters(cells: int, fwhm: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -151,14 +152,20 @@ def sample_response(
 
     The other arguments, the result and the errors are those of `selective_sample`.
     """
-    if attention not in ("sparse", "response", "saliency"):
-        raise ValueError(f"attention must be 'sparse', 'response' or 'saliency', got {attention!r}.")
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}.")
+    if peak_floor not in ("mean", "none"):
+        raise ValueError(f"peak_floor must be 'mean' or 'none', got {peak_floor!r}.")
+    if isinstance(branches, str) or not set(branches) <= set(BRANCHES):
+        raise ValueError(f"branches must be a sequence of {' and '.join(BRANCHES)}, got {branches!r}.")
+    if not (floor > 0 and fwhm > 0):
+        raise ValueError(f"floor and fwhm must be positive, got {floor} and {fwhm}.")
     grid_size = as_grid(grid_size)
-    response = resize_maps(response.float()[:, None], grid_size)[:, 0]
-    if attention == "saliency":
-        saliency, response = response, normalize_response(response.detach())
-    else:
-        response = normalize_response(response.detach())
+    response = response.float()
+    saliency = resize_maps(response[:, None], grid_size)[:, 0] if attention == "saliency" else None
+    # taking the minimum off first keeps a constant map constant: resizing would leave rounding noise that has peaks
+    response = response.detach() - response.detach().amin((1, 2), keepdim=True)
+    response = normalize_response(resize_maps(response[:, None], grid_size)[:, 0])
     if attention == "sparse":
         peaks = find_peaks(response, window, peak_floor)
         weights = dict(zip(BRANCHES, partition_peaks(response, peaks, mode, generator)))
@@ -176,7 +183,7 @@ def sample_response(
                 raise ValueError(f"beta_{branch} is missing: the {branch} branch needs it for sparse attention.")
             maps[branch] = sampling_map(response, weights[branch], beta, branch, floor)
         else:
-            maps[branch] = floor + (saliency if attention == "saliency" else response)
+            maps[branch] = floor + (response if saliency is None else saliency)
         grids[branch] = warp_grid(maps[branch], image.shape[-2:], fwhm, kernel)
         images[branch] = resample(image, grids[branch])
     strong, weak = BRANCHES

@@ -1,0 +1,89 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from s3n_timm import S3NLogits, S3NLoss
+
+
+def logits(seed=0, classes=4):
+    generator = torch.Generator().manual_seed(seed)
+    return S3NLogits(*(torch.randn(3, classes, generator=generator, dtype=torch.float64) for _ in range(4)))
+
+
+TARGET = torch.tensor([2, 0, 3])
+
+
+def smoothed(output, target, epsilon):
+    """-Σ_c t_c ln p_c with 1 - ε on the true class and ε / (C - 1) on every other, one number at a time."""
+    total = 0.0
+    for row, label in zip(output, target.tolist()):
+        log_normaliser = row.exp().sum().log()
+        for c, score in enumerate(row):
+            share = 1 - epsilon if c == label else epsilon / (len(row) - 1)
+            total = total - share * (score - log_normaliser)
+    return total / len(output)
+
+
+def test_sum_over_branches_plus_the_joint_term_once():
+    outputs = logits()
+    expected = sum(smoothed(output, TARGET, 0.0) for output in outputs)
+    torch.testing.assert_close(S3NLoss()(outputs, TARGET), expected)
+
+
+def test_by_hand():
+    # two classes, equal logits everywhere: four times ln 2
+    even = S3NLogits(*(torch.zeros(1, 2) for _ in range(4)))
+    assert S3NLoss()(even, torch.tensor([1])).item() == pytest.approx(4 * 0.6931472, abs=1e-5)
+
+
+@pytest.mark.parametrize("absent", ["original", "discriminative", "complementary"])
+def test_an_absent_branch_adds_nothing(absent):
+    outputs = logits()
+    expected = S3NLoss()(outputs, TARGET) - F.cross_entropy(getattr(outputs, absent), TARGET)
+    torch.testing.assert_close(S3NLoss()(outputs._replace(**{absent: None}), TARGET), expected)
+
+
+def test_joint_logits_alone():
+    outputs = logits()
+    torch.testing.assert_close(S3NLoss(0.1)(outputs.joint, TARGET), smoothed(outputs.joint, TARGET, 0.1))
+    only = S3NLogits(outputs.joint, None, None, None)
+    torch.testing.assert_close(S3NLoss(0.1)(only, TARGET), S3NLoss(0.1)(outputs.joint, TARGET))
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.15, 0.3])
+@pytest.mark.parametrize("classes", [4, 7])
+def test_smoothing_goes_to_the_other_classes(epsilon, classes):
+    outputs = logits(classes=classes)
+    expected = sum(smoothed(output, TARGET, epsilon) for output in outputs)
+    torch.testing.assert_close(S3NLoss(epsilon)(outputs, TARGET), expected)
+
+
+def test_the_originals_smoothing_is_on_the_original_and_complementary_outputs():
+    outputs = logits()
+    epsilons = dict(joint=0.0, original=0.15, discriminative=0.0, complementary=0.15)
+    expected = sum(smoothed(getattr(outputs, name), TARGET, epsilon) for name, epsilon in epsilons.items())
+    torch.testing.assert_close(S3NLoss(S3NLoss.ORIGINAL)(outputs, TARGET), expected)
+
+
+def test_soft_targets():
+    outputs, one_hot = logits(), F.one_hot(TARGET, 4).double()
+    torch.testing.assert_close(S3NLoss(0.15)(outputs, one_hot), S3NLoss(0.15)(outputs, TARGET))
+    mixed = 0.7 * one_hot + 0.3 * one_hot.roll(1, 0)
+    expected = -(mixed * outputs.joint.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(S3NLoss()(outputs.joint, mixed), expected)
+    # smoothing is linear in the target, so a mixture's loss is the mixture of the losses
+    parts = [S3NLoss(0.15)(outputs.joint, target) for target in (one_hot, one_hot.roll(1, 0))]
+    torch.testing.assert_close(S3NLoss(0.15)(outputs.joint, mixed), 0.7 * parts[0] + 0.3 * parts[1])
+
+
+def test_every_output_receives_its_gradient():
+    outputs = S3NLogits(*(output.requires_grad_() for output in logits()))
+    S3NLoss()(outputs, TARGET).backward()
+    for output in outputs:
+        torch.testing.assert_close(output.grad, (output.softmax(1) - F.one_hot(TARGET, 4)).detach() / 3)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, {"original": 1.5}, {"fusion": 0.1}])
+def test_errors_name_the_argument(smoothing):
+    with pytest.raises(ValueError, match="smoothing"):
+        S3NLoss(smoothing)
