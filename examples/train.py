@@ -21,7 +21,7 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from rich.console import Console
 from rich.table import Table
 from timm.data import create_transform, resolve_data_config
@@ -47,6 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--num-classes", type=int, default=8, help="drawn birds: classes")
     data.add_argument("--val-fraction", type=float, default=0.1, help="part of the training images, stratified, that "
                       "chooses the best epoch; with 0 the last epoch counts as best and the test split is only watched")
+    data.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="decode every image first")
     data.add_argument("-j", "--workers", type=int, default=max(1, min(4, (os.cpu_count() or 2) // 2)))
     data.add_argument("--img-size", type=int, metavar="PX")
     data.add_argument("--scale", type=float, nargs=2, metavar="PCT", help="random resize scale of training crops")
@@ -114,7 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
     """Training, validation and test images; without a validation part the test split is watched in its place."""
-    options: list[dict[str, Any]] = [{}, {}]
+    options: list[dict[str, Any]] = [dict(verify=args.verify)] * 2
     if args.dataset == "birds":
         options = [dict(num_images=n, num_classes=args.num_classes, size=args.img_size)
                    for n in (args.num_images, max(args.num_images // 4, args.num_classes))]
@@ -142,14 +143,8 @@ def create_loader(
         batch_size=args.batch_size,
         shuffle=shuffle,
         num_workers=args.workers,
-        persistent_workers=False,
         drop_last=shuffle and len(dataset) > args.batch_size,
-        collate_fn=collate,
     )
-
-
-def collate(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    return torch.stack([row["image"] for row in rows]), torch.tensor([row["label"] for row in rows])
 
 
 # optimizer
@@ -157,7 +152,7 @@ def collate(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
 
 def group_parameters(model: s3n_timm.S3N, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The paper's two learning rates, for what is pretrained and what is new, and β's own."""
-    new = (*model.pretrained_cfg["classifier"], "saliency")
+    new = tuple(f"{name}." for name in (*model.pretrained_cfg["classifier"], "saliency"))
     groups: dict[str, list[nn.Parameter]] = dict(backbone=[], new=[], beta=[])
     for name, parameter in model.named_parameters():
         kind = "beta" if name.startswith("beta_") else "new" if name.startswith(new) else "backbone"
@@ -187,11 +182,12 @@ def train_epoch(
     accelerator.unwrap_model(model).set_epoch(epoch)
     total = 0.0
     bar = tqdm(loader, desc=f"epoch {epoch + 1}/{args.epochs}", disable=not accelerator.is_main_process, leave=False)
-    for images, target in bar:
+    for batch in bar:
+        images = batch["image"]
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.accumulate(model):
-            loss = criterion(model(images), target)
+            loss = criterion(model(images), batch["label"])
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(
@@ -224,10 +220,10 @@ def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator, des
     bare = accelerator.unwrap_model(model)
     bare.set_branch_logits(True)
     hits: dict[str, list[Tensor]] = {}
-    for images, target in tqdm(loader, desc=desc, disable=not accelerator.is_main_process, leave=False):
-        for name, logits in model(images)._asdict().items():
+    for batch in tqdm(loader, desc=desc, disable=not accelerator.is_main_process, leave=False):
+        for name, logits in model(batch["image"])._asdict().items():
             if logits is not None:
-                hits.setdefault(name, []).append(accelerator.gather_for_metrics(logits.argmax(1) == target))
+                hits.setdefault(name, []).append(accelerator.gather_for_metrics(logits.argmax(1) == batch["label"]))
     bare.set_branch_logits(None)
     return {name: 100 * torch.cat(hit).float().mean().item() for name, hit in hits.items()}
 
@@ -283,43 +279,53 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 # main
 
 
+@contextmanager
+def exiting_on(*kinds: type[Exception]) -> Iterator[None]:
+    """End with the message alone of errors that the user can mend; all others keep their traceback."""
+    try:
+        yield
+    except kinds as error:
+        sys.exit(f"train.py: {error}")
+
+
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(
         gradient_accumulation_steps=args.grad_accum_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-        project_config=ProjectConfiguration(project_dir=str(args.output)),
     )
     set_seed(args.seed)
-    with accelerator.main_process_first():
-        splits = load_splits(args)
-    names = splits["train"].features["label"].names
-
-    model = timm.create_model(
-        "s3n",
-        backbone=args.backbone,
-        pretrained=args.pretrained,
-        pretrained_cfg_overlay=dict(file=args.pretrained_path) if args.pretrained_path else None,
-        num_classes=len(names),
-        preset=args.preset,
-        branches=args.branches,
-        attention=args.attention,
-        **args.model_kwargs,
-    )
+    with exiting_on(ValueError, OSError, RuntimeError):
+        checkpoint = find_checkpoint(args)
+        with accelerator.main_process_first():
+            splits = load_splits(args)
+        names = splits["train"].features["label"].names
+        model = timm.create_model(
+            "s3n",
+            backbone=args.backbone,
+            pretrained=args.pretrained,
+            pretrained_cfg_overlay=dict(file=args.pretrained_path) if args.pretrained_path else None,
+            num_classes=len(names),
+            preset=args.preset,
+            branches=args.branches,
+            attention=args.attention,
+            **args.model_kwargs,
+        )
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    data_config = resolve_data_config(
-        dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode), model=model)
+
+    evaluation = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
+    data_config = resolve_data_config(evaluation, model=model)
     shared = {name: data_config[name] for name in ("input_size", "interpolation", "mean", "std")}
     augment = create_transform(**shared, is_training=True, scale=tuple(args.scale), color_jitter=args.color_jitter)
     squash = create_transform(**shared, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
-    loaders = [create_loader(splits["train"], augment, args, shuffle=True)]
-    loaders += [create_loader(splits[split], squash, args) for split in ("val", "test")]
+    train_loader = create_loader(splits["train"], augment, args, shuffle=True)
+    val_loader, test_loader = (create_loader(splits[split], squash, args) for split in ("val", "test"))
 
     criterion = s3n_timm.S3NLoss(args.smoothing)
     optimizer = create_optimizer_v2(group_parameters(model, args), opt=args.opt, lr=args.lr, momentum=args.momentum)
-    model, optimizer, *loaders = accelerator.prepare(model, optimizer, *loaders)
-    train_loader, val_loader, test_loader = loaders
+    model, optimizer, train_loader, val_loader, test_loader = accelerator.prepare(
+        model, optimizer, train_loader, val_loader, test_loader)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
@@ -332,25 +338,24 @@ def main() -> None:
     bare = accelerator.unwrap_model(model)
     progress = Progress(ModelEmaV3(bare, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None)
     accelerator.register_for_checkpointing(progress)
-    checkpoint = find_checkpoint(args)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"Resumed from {checkpoint} after epoch {progress.epoch}.")
 
     judged = model if progress.ema is None else progress.ema.module
-    accelerator.print(
-        f"S3N ({args.preset}) on {args.backbone}, {len(names)} classes, {args.img_size} px: "
-        + ", ".join(f"{len(splits[split])} {split}" for split in ("train", "val", "test")) + " images"
-    )
+    watched = "val" if args.val_fraction else "test"
+    sizes = ", ".join(f"{len(part)} {split}" for split, part in splits.items())
+    accelerator.print(f"S3N ({args.preset}) on {args.backbone}, {args.img_size} px, {len(names)} classes: {sizes}")
     started = time.monotonic()
     for epoch in range(progress.epoch, args.epochs):
         train_loader.set_epoch(epoch)
-        loss = train_epoch(epoch, model, train_loader, criterion, optimizer, scheduler, progress, args, accelerator)
-        top1 = evaluate(judged, val_loader, accelerator, desc="validation" if args.val_fraction else "test")
-        watched = ", ".join(f"{name} {value:.1f}" for name, value in top1.items())
+        with exiting_on(FloatingPointError):
+            loss = train_epoch(epoch, model, train_loader, criterion, optimizer, scheduler, progress, args, accelerator)
+        top1 = evaluate(judged, val_loader, accelerator, desc=watched)
         accelerator.print(
-            f"epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}  {'val' if args.val_fraction else 'test'} top-1 % "
-            f"{watched}  ({time.monotonic() - started:.0f} s)"
+            f"epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}  {watched} top-1 % "
+            + ", ".join(f"{name} {value:.1f}" for name, value in top1.items())
+            + f"  ({time.monotonic() - started:.0f} s)"
         )
         progress.epoch = epoch + 1
         kinds = ["last"]
@@ -367,20 +372,18 @@ def main() -> None:
             for old in list_checkpoints(args.output)[:-args.checkpoint_hist]:
                 shutil.rmtree(old)
 
-    report(judged, test_loader, names, args, accelerator)
-    accelerator.end_training()
+    report(test_loader, names, args, accelerator)
 
 
-def report(judged: nn.Module, loader: DataLoader, names: list[str], args: argparse.Namespace, acc: Accelerator) -> None:
+def report(loader: DataLoader, names: list[str], args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Test the last and the best weights once and print a closing table."""
     results = {}
     for kind in ("last", "best"):
-        model = timm.create_model(f"local-dir:{args.output / kind}", pretrained=True).to(acc.device)
-        results[kind] = evaluate(model, loader, acc, desc=f"test, {kind}")
-    if not acc.is_main_process:
+        model = timm.create_model(f"local-dir:{args.output / kind}", pretrained=True).to(accelerator.device)
+        results[kind] = evaluate(model, loader, accelerator, desc=f"test, {kind}")
+    if not accelerator.is_main_process:
         return
-    summary = json.dumps(dict(test_top1=results, args=vars(args)), default=str, indent=2)
-    (args.output / "results.json").write_text(summary)
+    (args.output / "results.json").write_text(json.dumps(dict(test_top1=results, args=vars(args)), default=str))
     table = Table("branch", *(f"{kind} epoch" for kind in results), title="top-1 % on the test split")
     for branch in results["last"]:
         table.add_row(branch, *(f"{result[branch]:.1f}" for result in results.values()))
@@ -390,7 +393,4 @@ def report(judged: nn.Module, loader: DataLoader, names: list[str], args: argpar
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
-        sys.exit(f"train.py: {error}")
+    main()

@@ -173,15 +173,6 @@ MAPPED = [key for key, row in ROWS.items() if row.kind in (EXACT, APPROXIMATE)]
 UNMAPPED = [key for key in ROWS if key not in MAPPED]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small lose more time in handing work to threads than these save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(row, **kwargs):
     torch.manual_seed(0)
     overlay = {} if row.size is None else dict(pretrained_cfg_overlay=dict(input_size=(3, row.size, row.size)))

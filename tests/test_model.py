@@ -25,15 +25,6 @@ LETTERS = {"O": "original", "D": "discriminative", "C": "complementary"}
 WARPED = ("discriminative", "complementary")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Inputs this small lose more time in handing work to threads than these save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(backbone="test_resnet", num_classes=CLASSES, **kwargs):
     torch.manual_seed(0)
     return S3N(backbone, num_classes, **kwargs).eval()

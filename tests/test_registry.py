@@ -41,15 +41,6 @@ ARGUMENTS = dict(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Inputs this small lose more time in handing work to threads than these save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def logits(model, x=None):
     with torch.no_grad():
         return model.eval()(images() if x is None else x)

@@ -14,15 +14,6 @@ BATCH = 2
 FULL_SIZE = ("s3n_resnet18", "s3n_regnety_008", "s3n_tf_efficientnet_lite0", "s3n_swin_*")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Inputs this small lose more time in handing work to threads than these save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(name, **kwargs):
     torch.manual_seed(0)
     return timm.create_model(name, **kwargs)
