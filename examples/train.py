@@ -45,8 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-dir", help="folder of the data set; drawn birds need none")
     data.add_argument("--num-images", type=int, default=3000, help="drawn birds: training images")
     data.add_argument("--num-classes", type=int, default=8, help="drawn birds: classes")
-    data.add_argument("--val-fraction", type=float, default=0.1, help="part of the training images, stratified, that "
-                      "chooses the best epoch; with 0 the last epoch counts as best and the test split is only watched")
+    data.add_argument("--val-fraction", type=float, default=0.1, help="of the training images, held out, stratified, "
+                      "to choose the best epoch; with 0 the last is taken for best and the test split only watched")
     data.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="decode every image first")
     data.add_argument("-j", "--workers", type=int, default=max(1, min(4, (os.cpu_count() or 2) // 2)))
     data.add_argument("--img-size", type=int, metavar="PX")
@@ -84,12 +84,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--model-ema", action="store_true", help="average the weights and evaluate the average")
     train.add_argument("--model-ema-decay", type=float, default=0.9998)
     train.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    train.add_argument("--cpu-threads", type=int, help="per process, on a CPU; default: all cores, shared evenly")
     train.add_argument("--seed", type=int, default=42)
 
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, default=Path("output/s3n"))
-    run.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="continue from the newest checkpoint "
-                     "under --output, or from a checkpoint's folder")
+    run.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="continue from a checkpoint, or the newest")
     run.add_argument("--checkpoint-hist", type=int, default=2, help="checkpoints to keep")
 
     first = parser.parse_args(argv)
@@ -179,7 +179,8 @@ def train_epoch(
         accelerator: Accelerator,
 ) -> float:
     model.train()
-    accelerator.unwrap_model(model).set_epoch(epoch)
+    for each in (accelerator.unwrap_model(model), *([] if progress.ema is None else [progress.ema.module])):
+        each.set_epoch(epoch)
     total = 0.0
     bar = tqdm(loader, desc=f"epoch {epoch + 1}/{args.epochs}", disable=not accelerator.is_main_process, leave=False)
     for batch in bar:
@@ -295,6 +296,9 @@ def main() -> None:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
     set_seed(args.seed)
+    if accelerator.device.type == "cpu":
+        # accelerate launch leaves a process one thread unless it is told the number of processes
+        torch.set_num_threads(args.cpu_threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     with exiting_on(ValueError, OSError, RuntimeError):
         checkpoint = find_checkpoint(args)
         with accelerator.main_process_first():

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import register_notrace_function
 from timm.models import get_model_args, get_model_input_config, get_model_traits
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ from .backbone import (
 from .peaks import PARTITION_MODES
 from .response import class_response_maps, gate_response, gate_weights, grid_mean
 from .sampling import ATTENTIONS, BRANCHES, SelectiveSample, as_grid, sample_response
+
+# these look at shapes and devices, which FX tracing cannot follow: it takes each as one node
+for _function in (gate_response, gate_weights, grid_mean, sample_response):
+    register_notrace_function(_function)
 
 BRANCH_SETS = ("O", "O+D", "O+C", "D+C", "O+D+C")
 NECKS = ("none", "conv")
@@ -294,7 +299,7 @@ class S3N(nn.Module):
 
     def sample(self, x: Tensor, features: Tensor, logits: Tensor) -> SelectiveSample:
         """Warp B×3×H×W images by the response of their features and logits (eq. 2 to 8), in float32."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
             if self.attention == "saliency":
                 saliency = self.saliency(features.to(self.saliency.weight.dtype)).float()
                 response = saliency.flatten(1).softmax(1).view(saliency.shape)[:, 0]
@@ -360,8 +365,10 @@ class S3N(nn.Module):
         if self.warped:
             sample = self.sample(x, features["original"], logits["original"])
             warped = self.forward_features(torch.cat([getattr(sample, branch) for branch in self.warped]))
-            for branch, part in zip(self.warped, warped.chunk(len(self.warped))):
-                features[branch] = self.apply_neck(part, branch)
+            # chunk() would tie the number of branches to a batch size that is not known when exported
+            parts = warped.unflatten(0, (len(self.warped), x.shape[0]))
+            for i, branch in enumerate(self.warped):
+                features[branch] = self.apply_neck(parts[i], branch)
                 hidden[branch] = self.pool(features[branch])
                 logits[branch] = self.classify_branch(features[branch], hidden[branch], branch)
         if "O" not in self.branches:

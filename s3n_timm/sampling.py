@@ -161,31 +161,32 @@ def sample_response(
     if not (floor > 0 and fwhm > 0):
         raise ValueError(f"floor and fwhm must be positive, got {floor} and {fwhm}.")
     grid_size = as_grid(grid_size)
-    response = response.float()
-    saliency = resize_maps(response[:, None], grid_size)[:, 0] if attention == "saliency" else None
-    # taking the minimum off first keeps a constant map constant: resizing would leave rounding noise that has peaks
-    response = response.detach() - response.detach().amin((1, 2), keepdim=True)
-    response = normalize_response(resize_maps(response[:, None], grid_size)[:, 0])
-    if attention == "sparse":
-        peaks = find_peaks(response, window, peak_floor)
-        weights = dict(zip(BRANCHES, partition_peaks(response, peaks, mode, generator)))
-    else:
-        peaks = torch.zeros_like(response, dtype=torch.bool)
-        weights = {}
-    betas = {"discriminative": beta_discriminative, "complementary": beta_complementary}
     images: dict[str, Tensor] = {}
     grids: dict[str, Tensor] = {}
     maps: dict[str, Tensor] = {}
-    for branch in branches:
+    with torch.autocast(image.device.type, enabled=False):
+        response = response.float()
+        saliency = resize_maps(response[:, None], grid_size)[:, 0] if attention == "saliency" else None
+        # taking the minimum off first keeps a constant map constant: resizing would leave rounding noise that has peaks
+        response = response.detach() - response.detach().amin((1, 2), keepdim=True)
+        response = normalize_response(resize_maps(response[:, None], grid_size)[:, 0])
         if attention == "sparse":
-            beta = betas[branch]
-            if beta is None:
-                raise ValueError(f"beta_{branch} is missing: the {branch} branch needs it for sparse attention.")
-            maps[branch] = sampling_map(response, weights[branch], beta, branch, floor)
+            peaks = find_peaks(response, window, peak_floor)
+            weights = dict(zip(BRANCHES, partition_peaks(response, peaks, mode, generator)))
         else:
-            maps[branch] = floor + (response if saliency is None else saliency)
-        grids[branch] = warp_grid(maps[branch], image.shape[-2:], fwhm, kernel)
-        images[branch] = resample(image, grids[branch])
+            peaks = torch.zeros_like(response, dtype=torch.bool)
+            weights = {}
+        betas = {"discriminative": beta_discriminative, "complementary": beta_complementary}
+        for branch in branches:
+            if attention == "sparse":
+                beta = betas[branch]
+                if beta is None:
+                    raise ValueError(f"beta_{branch} is missing: the {branch} branch needs it for sparse attention.")
+                maps[branch] = sampling_map(response, weights[branch], beta, branch, floor)
+            else:
+                maps[branch] = floor + (response if saliency is None else saliency)
+            grids[branch] = warp_grid(maps[branch], image.shape[-2:], fwhm, kernel)
+            images[branch] = resample(image, grids[branch])
     strong, weak = BRANCHES
     return SelectiveSample(
         discriminative=images.get(strong),

@@ -687,6 +687,24 @@ def test_compiles_to_one_graph(backbone, preset):
         torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_exports_with_any_batch_size(preset):
+    model = build(preset=preset)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (images(3),), dynamic_shapes=({0: batch},))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images(2)), model(images(2)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("backbone", ["test_resnet", "mobilenetv3_small_050"])
+def test_traces_with_fx(backbone, preset):
+    model = build(backbone, preset=preset)
+    traced = timm.models.create_feature_extractor(model, {"fusion": "joint"})
+    with torch.no_grad():
+        torch.testing.assert_close(traced(images())["joint"], model(images()))
+
+
 def test_size_of_the_cfg_follows_the_channels():
     model = build(in_chans=1)
     assert model.in_chans == 1

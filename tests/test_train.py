@@ -17,13 +17,12 @@ import s3n_timm
 SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 SMALL = [
     "--backbone", "test_resnet", "--num-images", "48", "--num-classes", "4", "--img-size", "64", "--batch-size", "8",
-    "--workers", "0", "--lr", "0.02",
+    "--workers", "0", "--lr", "0.02", "--cpu-threads", "1",
 ]
 
 
 ENVIRONMENT = os.environ | {
     "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",
     "PYTHONIOENCODING": "utf-8",
     "PYTHONUNBUFFERED": "1",
 }
@@ -98,7 +97,8 @@ def test_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, extra):
 
 def test_two_processes_train_every_parameter_and_count_every_image_once(tmp_path):
     # 48 images: 43 to train on, 5 to validate on and 12 to test on, none of which two processes share evenly
-    text = train(*SMALL, "--epochs", 1, "--batch-size", 4, "--output", tmp_path / "run", processes=2)
+    recipe = ["--recipe", "original", "--no-pretrained", "--model-ema", "--epochs", 1, "--batch-size", 4]
+    text = train(*SMALL, *recipe, "--output", tmp_path / "run", processes=2)
     assert text.count("epoch 1/1  loss") == 1
     results = json.loads((tmp_path / "run" / "results.json").read_text())["test_top1"]["last"]
     assert all(abs(value * 12 / 100 - round(value * 12 / 100)) < 1e-3 for value in results.values())
