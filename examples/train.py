@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, default=Path("output/s3n"))
-    run.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="continue from a checkpoint, or the newest")
+    run.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on from a checkpoint, or the newest")
     run.add_argument("--checkpoint-hist", type=int, default=2, help="checkpoints to keep")
 
     first = parser.parse_args(argv)
@@ -296,10 +296,9 @@ def main() -> None:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
     set_seed(args.seed)
-    if accelerator.device.type == "cpu":
-        # accelerate launch leaves a process one thread unless it is told the number of processes
+    if accelerator.device.type == "cpu":  # accelerate launch leaves a process one thread unless told of processes
         torch.set_num_threads(args.cpu_threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    with exiting_on(ValueError, OSError, RuntimeError):
+    with exiting_on(ValueError, TypeError, OSError, RuntimeError):
         checkpoint = find_checkpoint(args)
         with accelerator.main_process_first():
             splits = load_splits(args)

@@ -70,25 +70,25 @@ def draw_explanation(
     axes = figure.subplots(3, 3)
     for ax in axes.flat:
         ax.set_axis_off()
-        ax.title.set_fontsize("small")
 
     axes[0, 0].imshow(original)
-    axes[0, 0].set_title(f"input, {int(sample.peaks.sum())} peaks")
+    count = int(sample.peaks.sum())
+    axes[0, 0].set_title(f"input, {count} peak{'s' * (count != 1)}", fontsize="small")
     _overlay(axes[0, 1], original, sample.response[0])
-    axes[0, 1].set_title("response R")
+    axes[0, 1].set_title("response R", fontsize="small")
     _overlay(axes[0, 2], original, _top_map(seen.maps["original"], seen.logits.original))
-    axes[0, 2].set_title("original: " + title(seen.logits.original))
+    axes[0, 2].set_title("original: " + title(seen.logits.original), fontsize="small")
     for row, branch in enumerate(BRANCHES, 1):
         warped = pixels(getattr(sample, branch))
         logits = getattr(seen.logits, branch)
         axes[row, 0].imshow(original)
         _draw_warp(axes[row, 0], getattr(sample, f"grid_{branch}")[0], COLORS[branch])
         _draw_peaks(axes[row, 0], sample.response[0], getattr(sample, f"weights_{branch}"), original, COLORS[branch])
-        axes[row, 0].set_title(f"{branch} peaks and warp")
+        axes[row, 0].set_title(f"{branch} peaks and warp", fontsize="small")
         axes[row, 1].imshow(warped)
-        axes[row, 1].set_title(f"{branch} image")
+        axes[row, 1].set_title(f"{branch} image", fontsize="small")
         _overlay(axes[row, 2], warped, _top_map(seen.maps[branch], logits))
-        axes[row, 2].set_title(f"{branch}: {title(logits)}")
+        axes[row, 2].set_title(f"{branch}: {title(logits)}", fontsize="small")
     return figure
 
 
