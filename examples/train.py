@@ -45,8 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-dir", help="folder of the data set; drawn birds need none")
     data.add_argument("--num-images", type=int, default=3000, help="drawn birds: training images")
     data.add_argument("--num-classes", type=int, default=8, help="drawn birds: classes")
-    data.add_argument("--val-fraction", type=float, default=0.1, help="of the training images, held out, stratified, "
-                      "to choose the best epoch; with 0 the last is taken for best and the test split only watched")
+    data.add_argument("--val-fraction", type=float, default=0.1, help="held out to choose the best epoch; 0: the last")
     data.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="decode every image first")
     data.add_argument("-j", "--workers", type=int, default=max(1, min(4, (os.cpu_count() or 2) // 2)))
     data.add_argument("--img-size", type=int, metavar="PX")
@@ -57,8 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("-b", "--batch-size", type=int, help="per process")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--recipe", choices=sorted(path.stem for path in RECIPES.glob("*.yaml")),
-                       help="defaults for all flags; birds for the drawn birds, else paper")
+    recipes = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    model.add_argument("--recipe", choices=recipes, help="defaults of all flags; birds for drawn birds, else paper")
     model.add_argument("--backbone", help="any timm model with global average pooling and one classifier")
     model.add_argument("--preset", choices=tuple(s3n_timm.model.PRESETS))
     model.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from ImageNet weights")
@@ -93,8 +92,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--checkpoint-hist", type=int, default=2, help="checkpoints to keep")
 
     first = parser.parse_args(argv)
-    recipe = first.recipe or ("birds" if first.dataset == "birds" else "paper")
-    parser.set_defaults(recipe=recipe, **yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8")))
+    name = first.recipe or ("birds" if first.dataset == "birds" else "paper")
+    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    if first.backbone not in (None, recipe["backbone"]):
+        recipe.pop("model_kwargs", None)  # meant for the recipe's own backbone
+    parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     if args.pretrained_path is not None:
         args.pretrained = True
@@ -361,11 +363,9 @@ def main() -> None:
             + f"  ({time.monotonic() - started:.0f} s)"
         )
         progress.epoch = epoch + 1
-        kinds = ["last"]
-        if not args.val_fraction or top1["joint"] > progress.best:
-            progress.best = top1["joint"]
-            kinds.append("best")
-        for kind in kinds:
+        better = not args.val_fraction or top1["joint"] > progress.best
+        progress.best = top1["joint"] if better else progress.best
+        for kind in ("last", "best") if better else ("last",):
             with replacing(args.output / kind, accelerator) as folder:
                 if accelerator.is_main_process:
                     s3n_timm.save(accelerator.unwrap_model(judged), folder, label_names=names, data_config=data_config)
