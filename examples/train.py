@@ -41,8 +41,8 @@ RECIPES = Path(__file__).parent / "recipes"
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="birds", choices=("birds", "cub", "folder"))
-    data.add_argument("--data-dir", help="folder of the data set; drawn birds need none")
+    data.add_argument("--dataset", default="birds", help="birds, cub, aircraft, cars, folder, parquet or hub:NAME")
+    data.add_argument("--data-dir", help="folder of the data set; drawn birds and the Hub need none")
     data.add_argument("--num-images", type=int, default=3000, help="drawn birds: training images")
     data.add_argument("--num-classes", type=int, default=8, help="drawn birds: classes")
     data.add_argument("--val-fraction", type=float, default=0.1, help="held out to choose the best epoch; 0: the last")

@@ -1,13 +1,29 @@
+import io
+import pickle
 import re
+import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from s3n_timm import birds
-from s3n_timm.datasets import cub, image_folder, load, part_names
+from s3n_timm.datasets import (
+    aircraft,
+    cars,
+    check_counts,
+    check_disjoint,
+    cub,
+    hub,
+    image_folder,
+    load,
+    parquet,
+    part_names,
+)
 
 CUB50 = Path(__file__).parents[2] / "shared" / "data" / "cub50"
 
@@ -22,6 +38,19 @@ CUB_FILES = {
     "parts/part_locs.txt": (
         "2 1 1.5 2.5 1\n2 2 0.0 0.0 0\n3 1 0.0 0.0 0\n3 2 9.0 8.0 1\n7 1 5.0 6.0 1\n7 2 7.0 8.0 1\n"
     ),
+}
+
+# The second training box sticks out of its image on all sides but the left. The release folder wraps these in data/.
+AIRCRAFT_FILES = {
+    "variants.txt": "F/A-18\n737-200\n",
+    "images_variant_train.txt": "0001 737-200\n",
+    "images_variant_val.txt": "0002 F/A-18\n",
+    "images_variant_test.txt": "0003 737-200\n",
+    "images_box.txt": "0001 2 3 10 12\n0002 1 -4 41 100\n0003 1 1 40 30\n",
+}
+CARS = {
+    "train": [("00001.jpg", 2, (2, 3, 10, 12)), ("00002.jpg", 1, (1, 0, 400, 300))],
+    "test": [("00001.jpg", 1, (39, 29, 40, 30))],
 }
 
 
@@ -46,6 +75,82 @@ def folder_dir(tmp_path):
     for name in ("train/b/1.jpg", "train/b/0.png", "train/a/2.jpg", "val/a/3.jpg", "val/b/4.jpg"):
         write_image(tmp_path / name)
     return tmp_path
+
+
+@pytest.fixture
+def aircraft_dir(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    for name, text in AIRCRAFT_FILES.items():
+        (root / name).write_text(text)
+    for number in range(1, 4):
+        write_image(root / "images" / f"000{number}.jpg")
+    return root
+
+
+def write_annotations(path, rows, omit=()):
+    """Write a 1×N struct array of 1×1 matrices, as the official files hold."""
+    from scipy.io import savemat
+
+    fields = [f for f in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname") if f not in omit]
+    table = np.empty((1, len(rows)), dtype=[(field, object) for field in fields])
+    for index, (name, label, box) in enumerate(rows):
+        values = dict(zip(("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2"), box), fname=name, **{"class": label})
+        for field in fields:
+            value = values[field]
+            if not isinstance(value, str):
+                value = np.array([[value]], np.uint16 if isinstance(value, int) else np.float64)
+            table[0, index][field] = value
+    savemat(path, {"annotations": table})
+
+
+@pytest.fixture
+def cars_dir(tmp_path):
+    savemat = pytest.importorskip("scipy.io").savemat
+    (tmp_path / "devkit").mkdir()
+    names = np.empty((1, 2), object)
+    names[0, :] = ["Ram C/V Cargo Van Minivan 2012", "Acura TL Sedan 2012"]
+    savemat(tmp_path / "devkit/cars_meta.mat", {"class_names": names})
+    write_annotations(tmp_path / "devkit/cars_train_annos.mat", CARS["train"])
+    write_annotations(tmp_path / "cars_test_annos_withlabels.mat", CARS["test"])
+    for split, rows in CARS.items():
+        for name, *_ in rows:
+            write_image(tmp_path / f"cars_{split}" / name)
+    return tmp_path
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 9, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_parquet(path, labels, first=0, images=None, columns=("image", "label"), **options):
+    images = images or [{"bytes": png(first + index), "path": "same.png"} for index in range(len(labels))]
+    table = pa.table({columns[0]: images, columns[1]: pa.array(labels, **options), "extra": [0.5] * len(labels)})
+    pq.write_table(table, path)
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    datasets.disable_progress_bars()
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(cache))
+    return cache
+
+
+@pytest.fixture
+def parquet_dir(tmp_path, cache):
+    tmp_path = tmp_path / "parquet"
+    tmp_path.mkdir()
+    write_parquet(tmp_path / "train-1.parquet", ["c"], 2)
+    write_parquet(tmp_path / "train-0.parquet", ["b", "a"], 0)
+    write_parquet(tmp_path / "test.parquet", ["c", "b"], 10)
+    return tmp_path
+
+
+def image_paths(dataset):
+    return [image["path"] for image in dataset.cast_column("image", datasets.Image(decode=False))["image"]]
 
 
 def fails(error_type, message, reader, *args, **options):
@@ -154,6 +259,7 @@ def test_cub_missing_image(cub_dir):
 
 @pytest.mark.parametrize(("reader", "fixture", "name"), [
     (cub, "cub_dir", "images/a/one.jpg"), (image_folder, "folder_dir", "train/b/1.jpg"),
+    (aircraft, "aircraft_dir", "images/0002.jpg"), (cars, "cars_dir", "cars_train/00001.jpg"),
 ])
 def test_unreadable_image(reader, fixture, name, request):
     root = request.getfixturevalue(fixture)
@@ -167,7 +273,10 @@ def test_unreadable_image(reader, fixture, name, request):
     fails(ValueError, message, reader, root)
 
 
-@pytest.mark.parametrize(("reader", "fixture"), [(cub, "cub_dir"), (image_folder, "folder_dir")])
+@pytest.mark.parametrize(("reader", "fixture"), [
+    (cub, "cub_dir"), (image_folder, "folder_dir"), (aircraft, "aircraft_dir"), (cars, "cars_dir"),
+    (parquet, "parquet_dir"),
+])
 def test_unknown_split(reader, fixture, request):
     root = request.getfixturevalue(fixture)
     fails(ValueError, "split must be 'train' or 'test', got 'val'.", reader, root, "val")
@@ -216,6 +325,356 @@ def test_image_folder_without_classes(tmp_path):
     fails(FileNotFoundError, message, image_folder, missing)
 
 
+def test_aircraft_rows(aircraft_dir):
+    train, test = aircraft(aircraft_dir.parent), aircraft(aircraft_dir, "test", verify=True)
+    assert train.features == test.features
+    assert train.features["label"].names == ["F/A-18", "737-200"]
+    assert list(train.features) == ["image", "label", "box"]
+    assert (str(train.split), str(test.split), part_names(train)) == ("train", "test", ())
+    assert (train["label"][:], test["label"][:]) == ([1, 0], [1])
+    assert train["box"][:] == [[1, 2, 10, 12], [0, 0, 40, 30]]
+    assert test["box"][:] == [[0, 0, 40, 30]]
+    assert image_paths(train) == [str(aircraft_dir / "images" / name) for name in ("0001.jpg", "0002.jpg")]
+    assert train[0]["image"].size == (40, 30)
+
+
+@pytest.mark.parametrize("name", AIRCRAFT_FILES)
+def test_aircraft_missing_index_file(aircraft_dir, name):
+    (aircraft_dir / name).unlink()
+    fails(FileNotFoundError, f"{aircraft_dir / name} does not exist; data_dir must be in the layout of FGVC-Aircraft.",
+          aircraft, aircraft_dir)
+
+
+@pytest.mark.parametrize(("name", "old", "new", "message"), [
+    ("variants.txt", "737-200", "F/A-18", ", line 2 repeats id F/A-18; remove one of the two lines."),
+    ("variants.txt", "737-200\n", "737-200\n\n", ", line 3 is malformed: ''; correct it."),
+    ("images_variant_val.txt", "0002 F/A-18", "0002", ", line 1 is malformed: '0002'; correct it."),
+    ("images_variant_val.txt", "F/A-18", "F 18",
+     " gives image id 0002 the variant 'F 18', which is not in variants.txt; correct one of the two."),
+    ("images_variant_test.txt", "0003", "0002", " lists image id 0002, as images_variant_val.txt does; remove one."),
+    ("images_box.txt", "0003 1 1 40 30\n", "", " has no line for image id 0003; add it."),
+    ("images_box.txt", "0003", "0003 1 1 9 9\n0004",
+     " has a line for image id 0004, which no other index file lists; remove it."),
+    ("images_box.txt", "40 30", "40 inf", ", line 3 is malformed: '0003 1 1 40 inf'; correct it."),
+    ("images_box.txt", "0002 1", "0002 41",
+     " gives image id 0002 a box that is empty or outside the image; correct it."),
+])
+def test_aircraft_faulty_index_file(aircraft_dir, name, old, new, message):
+    text = AIRCRAFT_FILES[name]
+    assert text.count(old) == 1
+    (aircraft_dir / name).write_text(text.replace(old, new))
+    fails(ValueError, f"{aircraft_dir / name}{message}", aircraft, aircraft_dir)
+
+
+def test_aircraft_other_faults(aircraft_dir):
+    (aircraft_dir / "images/0001.jpg").unlink()
+    message = f"Image {aircraft_dir / 'images/0001.jpg'} does not exist; restore it or take it out of the index files."
+    fails(FileNotFoundError, message, aircraft, aircraft_dir)
+    (aircraft_dir / "images_variant_val.txt").write_text("0002 737-200\n")
+    message = f"{aircraft_dir} has an empty class: 'F/A-18' has no training image; add one or remove the class."
+    fails(ValueError, message, aircraft, aircraft_dir, "test")
+
+
+@pytest.mark.parametrize("in_devkit", [False, True])
+def test_cars_rows(cars_dir, in_devkit):
+    name = "cars_test_annos_withlabels.mat"
+    if in_devkit:
+        (cars_dir / name).rename(cars_dir / "devkit" / name)
+    train, test = cars(cars_dir), cars(cars_dir, "test", verify=True)
+    assert train.features == test.features
+    assert train.features["label"].names == ["Ram C/V Cargo Van Minivan 2012", "Acura TL Sedan 2012"]
+    assert list(train.features) == ["image", "label", "box"]
+    assert (train["label"][:], test["label"][:]) == ([1, 0], [0])
+    assert train["box"][:] == [[1, 2, 10, 12], [0, 0, 40, 30]]
+    assert test["box"][:] == [[38, 28, 40, 30]]
+    assert image_paths(train) == [str(cars_dir / "cars_train" / name) for name in ("00001.jpg", "00002.jpg")]
+    assert image_paths(test) == [str(cars_dir / "cars_test/00001.jpg")]
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    (("00002.jpg", 3, (1, 1, 4, 4)), " gives 00002.jpg the class 3, not one of 1 to 2; correct it."),
+    (("00002.jpg", 0, (1, 1, 4, 4)), " gives 00002.jpg the class 0, not one of 1 to 2; correct it."),
+    (("00001.jpg", 1, (1, 1, 4, 4)), ", annotation 2 repeats 00001.jpg; remove one of the two."),
+    (("00002.jpg", "one", (1, 1, 4, 4)), ", annotation 2 is malformed: …; correct it."),
+    (("00002.jpg", 1, (1.0, np.nan, 4.0, 4.0)), ", annotation 2 is malformed: …; correct it."),
+    (("00002.jpg", 1, (41, 1, 50, 4)), " gives 00002.jpg a box that is empty or outside the image; correct it."),
+])
+def test_cars_faulty_annotation(cars_dir, row, message):
+    path = cars_dir / "devkit/cars_train_annos.mat"
+    write_annotations(path, [CARS["train"][0], row])
+    fails(ValueError, f"{path}{message}", cars, cars_dir)
+
+
+def test_cars_faulty_files(cars_dir):
+    train, test = cars_dir / "devkit/cars_train_annos.mat", cars_dir / "cars_test_annos_withlabels.mat"
+    write_annotations(test, CARS["test"], omit=("class",))
+    message = f"{test} has annotations without 'class'; use the file that has labels and boxes."
+    fails(ValueError, message, cars, cars_dir, "test")
+    test.unlink()
+    message = f"{test.name} is neither in {cars_dir} nor in {train.parent}; put it into one of them."
+    fails(FileNotFoundError, message, cars, cars_dir, "test")
+    (cars_dir / "cars_train/00001.jpg").unlink()
+    message = f"Image {cars_dir / 'cars_train/00001.jpg'} does not exist; restore it or take it out of the index files."
+    fails(FileNotFoundError, message, cars, cars_dir)
+    write_annotations(train, CARS["train"][:1])
+    message = f"{cars_dir} has an empty class: 'Ram C/V Cargo Van Minivan 2012' has no training image; add one or …."
+    fails(ValueError, message, cars, cars_dir)
+    train.write_text("not a MATLAB file")
+    fails(ValueError, f"{train} cannot be read as a MATLAB file (…); restore it.", cars, cars_dir)
+    (train.parent / "cars_meta.mat").replace(train)
+    message = f"{train.parent / 'cars_meta.mat'} does not exist; data_dir must be in the layout of Stanford Cars."
+    fails(FileNotFoundError, message, cars, cars_dir)
+    train.rename(train.parent / "cars_meta.mat")
+    write_annotations(train.parent / "cars_meta.mat", CARS["train"])
+    message = f"{train.parent / 'cars_meta.mat'} has no variable 'class_names'; restore the official file."
+    fails(ValueError, message, cars, cars_dir)
+
+
+def test_cars_without_scipy(cars_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    message = "Stanford Cars comes as MATLAB files, which SciPy reads: pip install scipy"
+    fails(ImportError, message, cars, cars_dir)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(("name", "fixture"), [("cub", "cub_dir"), ("aircraft", "aircraft_dir"), ("cars", "cars_dir")])
+def test_counts_warning(name, fixture, split, request, caplog):
+    official = {"cub": (5994, 5794), "aircraft": (6667, 3333), "cars": (8144, 8041)}[name][split == "test"]
+    dataset = load(name, request.getfixturevalue(fixture), split)
+    assert [(record.name, record.levelname) for record in caplog.records] == [("s3n_timm.datasets", "WARNING")]
+    message = f"{name}: the split {split!r} has {len(dataset)} images, the official one has {official}."
+    assert caplog.messages == [message]
+    check_counts(name, split, official)
+    assert len(caplog.records) == 1
+
+
+READERS = {
+    "parquet": parquet,
+    "hub": lambda folder, *args, **options: hub(str(folder), *args, **options),
+    "stream": lambda folder, *args, **options: hub(str(folder), *args, streaming=True, **options),
+}
+
+
+def rows(dataset):
+    return list(dataset)  # reads a stream to its end
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_parquet_rows(parquet_dir, reader):
+    for _ in range(2):  # the second time from the cache
+        train, test = reader(parquet_dir), reader(parquet_dir, "test")
+        assert train.features == test.features == birds.recognition_features(["a", "b", "c"])
+        assert (str(train.split), str(test.split)) == ("train", "test")
+        assert [row["label"] for row in rows(train)] == [1, 0, 2]
+        assert [row["label"] for row in rows(test)] == [2, 1]
+        assert [row["image"].getpixel((0, 0))[0] for row in rows(train)] == [0, 1, 2]
+        assert set(rows(train)[0]) == {"image", "label"}
+    check_disjoint(train, test)
+    write_parquet(parquet_dir / "train-1.parquet", ["d"], 2)
+    assert reader(parquet_dir).features["label"].names == ["a", "b", "d"]
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_parquet_columns(tmp_path, cache, reader):
+    # The names of the columns are swapped on purpose; integers are sorted by value; images are bare bytes
+    for name, labels in (("train", [10, 9]), ("test", [10])):
+        images = [png(label) for label in labels]
+        write_parquet(tmp_path / f"{name}.parquet", labels, images=images, columns=("label", "image"))
+    train, test = (reader(tmp_path, s, image_column="label", label_column="image") for s in ("train", "test"))
+    assert train.features == test.features == birds.recognition_features(["9", "10"])
+    assert [(row["image"].getpixel((0, 0))[0], row["label"]) for row in rows(train)] == [(10, 1), (9, 0)]
+    assert [row["label"] for row in rows(test)] == [1]
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_parquet_class_labels(tmp_path, cache, reader):
+    features = birds.recognition_features(["z", "y", "x"])
+    for name, labels in (("train", [2, 0]), ("test", [1])):
+        columns = {"image": [{"bytes": png(label), "path": None} for label in labels], "label": labels}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    train, test = reader(tmp_path), reader(tmp_path, "test")
+    assert train.features == test.features == features
+    assert [row["label"] for row in rows(train)] + [row["label"] for row in rows(test)] == [2, 0, 1]
+    columns["label"] = [-1]
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "test.parquet")
+    message = f"{tmp_path}, split 'test', row 0 has the label -1, which is none of the 3 classes; correct it …."
+    fails(ValueError, message, lambda: rows(reader(tmp_path, "test")))
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize(("split", "value"), [("train", None), ("train", ""), ("test", "d")])
+def test_parquet_unknown_label(parquet_dir, reader, split, value):
+    write_parquet(parquet_dir / f"{split}.parquet", ["a", value], 20)
+    row = 4 if split == "train" else 1  # train.parquet comes after train-1.parquet
+    message = f"{parquet_dir}, split {split!r}, row {row} has the label {value!r}, which is none of the 3 classes; …."
+    fails(ValueError, message, lambda: rows(reader(parquet_dir, split)))
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_parquet_faulty_images(parquet_dir, reader):
+    path, place = parquet_dir / "test.parquet", f"{parquet_dir}, split 'test', row 1"
+    good = {"bytes": png(0), "path": None}
+    for image in ({"bytes": None, "path": None}, None):
+        write_parquet(path, ["a", "b"], images=[good, image])
+        message = f"{place} has no image; add it or remove the row."
+        fails(ValueError, message, lambda: rows(reader(parquet_dir, "test")))
+    write_parquet(path, ["a", "b"], images=[good, {"bytes": b"not an image", "path": None}])
+    message = f"{place} cannot be read as an image (…); replace or remove it."
+    fails(ValueError, message, lambda: rows(reader(parquet_dir, "test")))
+    missing = parquet_dir / "none.png"
+    write_parquet(path, ["a", "b"], images=[good, {"bytes": None, "path": str(missing)}])
+    message = f"Image {missing} does not exist; restore it or take it out of the index files."
+    fails(FileNotFoundError, message, lambda: rows(reader(parquet_dir, "test")))
+
+
+@pytest.mark.parametrize("name", ["parquet", "hub"])
+def test_parquet_verify(parquet_dir, name):
+    write_parquet(parquet_dir / "test.parquet", ["a"], images=[{"bytes": png(0)[:45], "path": None}])
+    assert len(READERS[name](parquet_dir, "test")) == 1  # the header is sound
+    message = f"{parquet_dir}, split 'test', row 0 cannot be read as an image (…); replace or remove it."
+    fails(ValueError, message, READERS[name], parquet_dir, "test", verify=True)
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_parquet_faulty_types(tmp_path, cache, reader):
+    path = tmp_path / "train.parquet"
+    write_parquet(path, [0.5])
+    message = f"Column 'label' of {tmp_path} has the type …float64…; labels must be strings or integers."
+    fails(ValueError, message, reader, tmp_path)
+    message = f"Column 'extra' of {tmp_path} has the type …float64…; it must hold images."
+    fails(ValueError, message, reader, tmp_path, image_column="extra")
+    write_parquet(path, [None], type=pa.string())
+    message = f"{tmp_path} has no labelled image in the split 'train'; add some."
+    fails(ValueError, message, reader, tmp_path)
+
+
+def test_parquet_faults(parquet_dir):
+    for options in ({"image_column": "img"}, {"label_column": "img"}):
+        path = parquet_dir / "train-0.parquet"
+        message = f"{path} has no column 'img', only 'image', 'label', 'extra'; name one of them."
+        fails(ValueError, message, parquet, parquet_dir, **options)
+    message = f"{parquet_dir / 'train-1.parquet'} has labels of another type than {path}; write both with the same …."
+    path = parquet_dir / "train-1.parquet"
+    write_parquet(path, [1])
+    fails(ValueError, message, parquet, parquet_dir)
+    path.write_text("not a Parquet file")
+    fails(ValueError, f"{path} cannot be read as a Parquet file (…); replace it.", parquet, parquet_dir)
+    (parquet_dir / "test.parquet").unlink()
+    path.unlink()
+    fails(FileNotFoundError, f"{parquet_dir} has no files test*.parquet; add them.", parquet, parquet_dir, "test")
+    (parquet_dir / "train-0.parquet").unlink()
+    fails(FileNotFoundError, f"{parquet_dir} has no files train*.parquet; add them.", parquet, parquet_dir, "test")
+    missing = parquet_dir / "none"
+    message = f"{missing} is not a folder; data_dir must name the folder of the data set."
+    fails(FileNotFoundError, message, parquet, missing)
+
+
+@pytest.mark.parametrize("name", ["hub", "stream"])
+def test_hub_faults(parquet_dir, name):
+    reader = READERS[name]
+    for options in ({"image_column": "img"}, {"label_column": "img"}):
+        message = f"{parquet_dir} has no column 'img', only 'image', 'label', 'extra'; name one of them."
+        fails(ValueError, message, reader, parquet_dir, **options)
+    message = f"{parquet_dir} has no split 'validation', only 'train', 'test'; choose one of them."
+    fails(ValueError, message, reader, parquet_dir, "validation")
+    for path in parquet_dir.glob("train*"):
+        path.unlink()
+    message = f"{parquet_dir} has no split 'train' to take the classes of split 'test' from; add it."
+    fails(ValueError, message, reader, parquet_dir, "test")
+    message = "verify must be False for streaming, which reads images only as they are needed."
+    fails(ValueError, message, hub, str(parquet_dir), streaming=True, verify=True)
+
+
+def test_hub_stream_without_known_columns(monkeypatch):
+    def examples():
+        yield {"photo": {"bytes": png(5), "path": None}, "species": "b"}
+        yield {"photo": {"bytes": png(6), "path": None}, "species": "a"}
+
+    splits = {"train": datasets.IterableDataset.from_generator(examples)}
+    assert splits["train"].features is None
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: splits)
+    stream = hub("a/b", image_column="photo", label_column="species", streaming=True)
+    assert [(row["image"].getpixel((0, 0))[0], row["label"]) for row in stream] == [(5, 1), (6, 0)]
+
+
+def test_hub_stream_can_be_sent_to_workers(parquet_dir):
+    stream = pickle.loads(pickle.dumps(hub(str(parquet_dir), streaming=True)))
+    assert [row["label"] for row in stream] == [1, 0, 2]
+
+
+def test_hub_config(tmp_path, cache):
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: one.parquet\n"
+        "- config_name: two\n  data_files: two.parquet\n---\n"
+    )
+    write_parquet(tmp_path / "one.parquet", ["a"])
+    write_parquet(tmp_path / "two.parquet", ["b"])
+    assert hub(str(tmp_path), config="two", cache_dir=cache / "own").features["label"].names == ["b"]
+    assert (cache / "own").is_dir()
+
+
+@pytest.mark.parametrize("name", ["hub", "stream"])
+def test_hub_image_folder(folder_dir, cache, name):
+    train, test = (READERS[name](folder_dir, split) for split in ("train", "validation"))
+    assert train.features == birds.recognition_features(["a", "b"])
+    assert [row["label"] for row in rows(train)] == [0, 1, 1]
+    assert rows(test)[0]["image"].size == (40, 30)
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_disjoint_bytes(parquet_dir, reader):
+    train = reader(parquet_dir)
+    write_parquet(parquet_dir / "test.parquet", ["c", "b", "a"], images=[
+        {"bytes": png(value), "path": path} for value, path in ((30, "train.png"), (1, "b.png"), (2, None))
+    ])
+    message = "row 1 (b.png) has the same content as row 1 (same.png) of training; remove it from one of the two."
+    fails(ValueError, message, check_disjoint, train, reader(parquet_dir, "test"))
+    write_parquet(parquet_dir / "test.parquet", ["c"], images=[{"bytes": png(2), "path": None}])
+    message = "row 0 has the same content as row 2 (same.png) of training; remove it from one of the two."
+    fails(ValueError, message, check_disjoint, train, reader(parquet_dir, "test"))
+
+
+def test_disjoint_paths(folder_dir, tmp_path, cache):
+    train, test = folder_dir / "train", folder_dir / "val"
+    for index, path in enumerate((*train.glob("*/*"), *test.glob("*/*"))):
+        write_image(path, (40 + index, 30))
+    check_disjoint(image_folder(folder_dir), image_folder(folder_dir, "test"))
+    dataset = image_folder(folder_dir).train_test_split(1, seed=0)
+    check_disjoint(dataset["train"], dataset["test"])
+    transformed = dataset["train"].with_transform(lambda batch: dict(image=[0] * len(batch["label"])))
+    check_disjoint(transformed, dataset["test"])
+    message = f"{train / 'b/0.png'} is also in training; remove it from one of the two splits."
+    everything = image_folder(folder_dir)
+    fails(ValueError, message, check_disjoint, everything, everything.select([1, 0]))
+    # The same content in another folder, or within a Parquet file
+    (test / "a/3.jpg").write_bytes((train / "b/1.jpg").read_bytes())
+    message = f"{test / 'a/3.jpg'} has the same content as {train / 'b/1.jpg'} of training; remove it …."
+    fails(ValueError, message, check_disjoint, everything, image_folder(folder_dir, "test"))
+    other = tmp_path / "other"
+    other.mkdir()
+    write_parquet(other / "train.parquet", ["a"], images=[{"bytes": (train / "a/2.jpg").read_bytes(), "path": None}])
+    message = f"row 0 has the same content as {train / 'a/2.jpg'} of training; remove it from one of the two."
+    fails(ValueError, message, check_disjoint, everything, parquet(other))
+
+
+def test_disjoint_missing_file(folder_dir):
+    train, test = image_folder(folder_dir), image_folder(folder_dir, "test")
+    path = folder_dir / "val/a/3.jpg"
+    path.unlink()
+    message = f"Image {path} is not a local file and cannot be compared; restore or download it."
+    fails(FileNotFoundError, message, check_disjoint, train, test)
+
+
+def test_disjoint_hashes_only_equal_sizes(parquet_dir, monkeypatch):
+    def sha256(content):
+        raise AssertionError("hashed")
+
+    images = [{"bytes": png(0) + bytes(1000), "path": None}]
+    write_parquet(parquet_dir / "test.parquet", ["a"], images=images)
+    monkeypatch.setattr("hashlib.sha256", sha256)
+    check_disjoint(parquet(parquet_dir), parquet(parquet_dir, "test"))
+
+
 def test_load(cub_dir, tmp_path):
     assert load("cub", cub_dir, "test")["box"][:] == cub(cub_dir, "test")["box"][:]
     assert load("folder", cub_dir / "images")["label"][:] == [0, 0, 1]
@@ -223,9 +682,23 @@ def test_load(cub_dir, tmp_path):
     assert (len(drawn), str(drawn.split), part_names(drawn)) == (3, "test", birds.PARTS)
 
 
+def test_load_others(aircraft_dir, cars_dir, parquet_dir):
+    assert load("aircraft", aircraft_dir, "test", verify=True)["label"][:] == [1]
+    assert load("cars", cars_dir)["label"][:] == [1, 0]
+    assert load("parquet", parquet_dir, "test")["label"][:] == [2, 1]
+    assert load(f"hub:{parquet_dir}", split="test", verify=True)["label"][:] == [2, 1]
+    assert [row["label"] for row in load(f"hub:{parquet_dir}", streaming=True)] == [1, 0, 2]
+
+
 def test_load_faults(tmp_path):
-    fails(ValueError, "name must be 'birds', 'cub' or 'folder', got 'cars'.", load, "cars")
-    for name in ("cub", "folder"):
+    for name in ("dogs", "hub", "hub:", "cub:"):
+        message = (
+            f"name must be 'birds', 'cub', 'aircraft', 'cars', 'folder', 'parquet' or 'hub:NAME', got {name!r}."
+        )
+        fails(ValueError, message, load, name)
+    message = f"data_dir must be left out for 'hub:a/b', which names its own source, got {str(tmp_path)!r}."
+    fails(ValueError, message, load, "hub:a/b", tmp_path)
+    for name in ("cub", "aircraft", "cars", "folder", "parquet"):
         fails(ValueError, f"data_dir must name the folder of the data set for {name!r}.", load, name)
     message = f"data_dir must be left out for 'birds', which are drawn, got {str(tmp_path)!r}."
     fails(ValueError, message, load, "birds", tmp_path)
