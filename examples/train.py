@@ -1,282 +1,271 @@
 """Train S3N on one device or many: `accelerate launch examples/train.py`.
 
-Without arguments it learns the drawn birds that come with the package. Flags carry timm's names where timm has them.
-Read it top to bottom: arguments, data, optimizer, one epoch, evaluation, checkpoints, main.
+Without arguments it learns the drawn birds that come with the package. Read it top to bottom: the model, the optimizer,
+one epoch, evaluation, what is written, main. Beside it lie its flags (arguments.py), images (data.py) and checkpoints
+(checkpoints.py).
 """
 
 import argparse
 import json
 import math
 import os
-import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import datasets
 import timm
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
+from arguments import parse_args, trajectory
+from checkpoints import Progress, find_checkpoint, replacing, save_checkpoint, write_summary
+from data import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
+from launching import start_all_processes
 from rich.console import Console
 from rich.table import Table
-from timm.data import create_transform, resolve_data_config
-from timm.optim import create_optimizer_v2
+from sync_bn import synchronize
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import s3n_timm
-from s3n_timm.datasets import load
+from s3n_timm import S3N
 
-RECIPES = Path(__file__).parent / "recipes"
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="birds", help="birds, cub, aircraft, cars, folder, parquet or hub:NAME")
-    data.add_argument("--data-dir", help="folder of the data set; drawn birds and the Hub need none")
-    data.add_argument("--num-images", type=int, default=3000, help="drawn birds: training images")
-    data.add_argument("--num-classes", type=int, default=8, help="drawn birds: classes")
-    data.add_argument("--val-fraction", type=float, default=0.1, help="held out to choose the best epoch; 0: the last")
-    data.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="decode every image first")
-    data.add_argument("-j", "--workers", type=int, default=max(1, min(4, (os.cpu_count() or 2) // 2)))
-    data.add_argument("--img-size", type=int, metavar="PX")
-    data.add_argument("--scale", type=float, nargs=2, metavar="PCT", help="random resize scale of training crops")
-    data.add_argument("--color-jitter", type=float, default=0.0, metavar="PCT")
-    data.add_argument("--crop-pct", type=float, help="centre crop of test images")
-    data.add_argument("--crop-mode", choices=("center", "squash", "border"), help="how test images are resized")
-    data.add_argument("-b", "--batch-size", type=int, help="per process")
-
-    model = parser.add_argument_group("model")
-    recipes = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    model.add_argument("--recipe", choices=recipes, help="defaults of all flags; birds for drawn birds, else paper")
-    model.add_argument("--backbone", help="any timm model with global average pooling and one classifier")
-    model.add_argument("--preset", choices=tuple(s3n_timm.model.PRESETS))
-    model.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from ImageNet weights")
-    model.add_argument("--pretrained-path", help="a file with those weights, or with S3N's, in place of the Hub")
-    model.add_argument("--branches", default="O+D+C", choices=s3n_timm.model.BRANCH_SETS)
-    model.add_argument("--attention", default="sparse", choices=s3n_timm.model.ATTENTIONS)
-    model.add_argument("--model-kwargs", type=json.loads, default={}, metavar="JSON", help="further arguments of S3N")
-
-    train = parser.add_argument_group("training")
-    train.add_argument("--epochs", type=int)
-    train.add_argument("--opt", help="any optimizer of timm.optim")
-    train.add_argument("--momentum", type=float)
-    train.add_argument("--weight-decay", type=float)
-    train.add_argument("--lr", type=float, help="of new layers")
-    train.add_argument("--backbone-lr-scale", type=float, default=1.0, help="of the backbone and necks, to --lr")
-    train.add_argument("--beta-lr-scale", type=float, default=1.0, help="of β, to --lr")
-    train.add_argument("--sched", help="any scheduler of timm.scheduler")
-    train.add_argument("--warmup-epochs", type=int, default=0)
-    train.add_argument("--decay-milestones", type=int, nargs="+", default=[], metavar="EPOCH")
-    train.add_argument("--smoothing", type=float, default=0.0, help="label smoothing of every output")
-    train.add_argument("--grad-accum-steps", type=int, default=1)
-    train.add_argument("--clip-grad", type=float, metavar="NORM")
-    train.add_argument("--model-ema", action="store_true", help="average the weights and evaluate the average")
-    train.add_argument("--model-ema-decay", type=float, default=0.9998)
-    train.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
-    train.add_argument("--cpu-threads", type=int, help="per process, on a CPU; default: all cores, shared evenly")
-    train.add_argument("--seed", type=int, default=42)
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", type=Path, default=Path("output/s3n"))
-    run.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on from a checkpoint, or the newest")
-    run.add_argument("--checkpoint-hist", type=int, default=2, help="checkpoints to keep")
-
-    first = parser.parse_args(argv)
-    name = first.recipe or ("birds" if first.dataset == "birds" else "paper")
-    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    if first.backbone not in (None, recipe["backbone"]):
-        recipe.pop("model_kwargs", None)  # meant for the recipe's own backbone
-    parser.set_defaults(**recipe)
-    args = parser.parse_args(argv)
-    if args.pretrained_path is not None:
-        args.pretrained = True
-        if not Path(args.pretrained_path).is_file():
-            parser.error(f"--pretrained-path {args.pretrained_path} is not a file.")
-    for name in ("img_size", "batch_size", "epochs", "lr", "grad_accum_steps", "checkpoint_hist"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}.")
-    if not 0 <= args.val_fraction < 1:
-        parser.error(f"--val-fraction must lie in [0, 1), got {args.val_fraction}.")
-    if args.output.exists() and any(args.output.iterdir()) and not args.resume:
-        parser.error(f"--output {args.output} is not empty: add --resume to continue, or choose another folder.")
-    return args
+# model
 
 
-# data
+def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accelerator) -> nn.Module:
+    options: dict[str, Any] = dict(pretrained=args.pretrained, num_classes=num_classes)
+    if args.pretrained_path:
+        options["pretrained_cfg_overlay"] = dict(file=args.pretrained_path)
+    if args.plain:
+        model = timm.create_model(args.backbone, **options, **args.model_kwargs.get("backbone_args", {}))
+    else:
+        options.update(preset=args.preset, branches=args.branches, attention=args.attention)
+        model = timm.create_model("s3n", backbone=args.backbone, **options, **args.model_kwargs)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if args.sync_bn and accelerator.num_processes > 1:
+        model = synchronize(model, accelerator.device)
+    if args.channels_last and accelerator.distributed_type != DistributedType.FSDP:  # it shards contiguous weights only
+        model = model.to(memory_format=torch.channels_last)
+    return model
 
 
-def load_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
-    """Training, validation and test images; without a validation part the test split is watched in its place."""
-    options: list[dict[str, Any]] = [dict(verify=args.verify)] * 2
-    if args.dataset == "birds":
-        options = [dict(num_images=n, num_classes=args.num_classes, size=args.img_size)
-                   for n in (args.num_images, max(args.num_images // 4, args.num_classes))]
-    train, test = (load(args.dataset, args.data_dir, split, **opts) for split, opts in zip(("train", "test"), options))
-    if not args.val_fraction:
-        return dict(train=train, val=test, test=test)
-    try:
-        parts = train.train_test_split(args.val_fraction, stratify_by_column="label", seed=args.seed)
-    except ValueError as error:
-        raise ValueError(f"--val-fraction {args.val_fraction} cannot be held out of training: {error}") from error
-    return dict(train=parts["train"], val=parts["test"], test=test)
+def unwrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
-def create_loader(
-        dataset: datasets.Dataset,
-        transform: Callable,
-        args: argparse.Namespace,
-        shuffle: bool = False,
-) -> DataLoader:
-    def transform_batch(batch: dict[str, list]) -> dict[str, list]:
-        return dict(image=[transform(image.convert("RGB")) for image in batch["image"]], label=batch["label"])
+def list_frozen(model: nn.Module, args: argparse.Namespace) -> list[nn.Module]:
+    """Modules of the backbone that --freeze-epochs leaves as they are: all but its classifier."""
+    classifiers = _classifier_names(model)
+    backbone = model.backbone if isinstance(model, S3N) else model
+    prefix = "backbone." if isinstance(model, S3N) else ""
+    return [module for name, module in backbone.named_modules()
+            if not list(module.children()) and f"{prefix}{name}" not in classifiers] if args.freeze_epochs else []
 
-    return DataLoader(
-        dataset.select_columns(["image", "label"]).with_transform(transform_batch),
-        batch_size=args.batch_size,
-        shuffle=shuffle,
-        num_workers=args.workers,
-        drop_last=shuffle and len(dataset) > args.batch_size,
-    )
+
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    names = model.pretrained_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 # optimizer
 
 
-def group_parameters(model: s3n_timm.S3N, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The paper's two learning rates, for what is pretrained and what is new, and β's own."""
-    new = tuple(f"{name}." for name in (*model.pretrained_cfg["classifier"], "saliency"))
-    groups: dict[str, list[nn.Parameter]] = dict(backbone=[], new=[], beta=[])
-    for name, parameter in model.named_parameters():
-        kind = "beta" if name.startswith("beta_") else "new" if name.startswith(new) else "backbone"
-        groups[kind].append(parameter)
+def group_parameters(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The paper's two learning rates, for what is pretrained and what is new, β's own, and timm's layer decay."""
+    new = tuple(f"{name}." for name in (*_classifier_names(model), "saliency"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [dict(params=list(names), weight_decay=args.weight_decay, lr_scale=1.0)]
+    if args.layer_decay:
+        groups = param_groups_layer_decay(
+            model,
+            weight_decay=args.weight_decay,
+            no_weight_decay_list=model.no_weight_decay() if hasattr(model, "no_weight_decay") else (),
+            layer_decay=args.layer_decay,
+        )
     scales = dict(backbone=args.backbone_lr_scale, new=1.0, beta=args.beta_lr_scale)
-    return [
-        dict(params=params, lr_scale=scales[kind], weight_decay=0.0 if kind == "beta" else args.weight_decay)
-        for kind, params in groups.items() if params
-    ]
+    divided = []
+    for group in groups:
+        parts: dict[str, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            name = names[parameter]
+            kind = "beta" if name.startswith("beta_") else "new" if name.startswith(new) else "backbone"
+            parts.setdefault(kind, []).append(parameter)
+        for kind, params in parts.items():
+            decay = 0.0 if kind == "beta" else group["weight_decay"]
+            divided.append(dict(params=params, weight_decay=decay, lr_scale=group["lr_scale"] * scales[kind]))
+    return divided
 
 
 # one epoch
 
 
+def seed_batch(args: argparse.Namespace, model: nn.Module, images: Tensor, update: int, part: int) -> None:
+    """Make what this batch draws a function of the seed and of the images' place in training.
+
+    An update's images draw in one row, however many processes and accumulation steps they are divided among: the peaks'
+    draws (eq. 4) of the parts before this one are passed over.
+    """
+    set_seed(mix_seeds(args.seed, update))
+    if isinstance(model, S3N) and model.partition in ("probability", "random"):
+        for _ in range(part):
+            torch.rand(len(images), *model.sample_options["grid_size"], device=images.device)
+
+
 def train_epoch(
         epoch: int,
         model: nn.Module,
-        loader: DataLoader,
+        loader: TrainLoader,
         criterion: s3n_timm.S3NLoss,
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
-        progress: "Progress",
+        mixup: Mixup | None,
+        progress: Progress,
         args: argparse.Namespace,
         accelerator: Accelerator,
-) -> float:
+        run: "Run",
+) -> None:
+    """Train what is left of an epoch; `run.stopped` tells whether a signal ended it early."""
+    bare = unwrap(model, accelerator)
     model.train()
-    for each in (accelerator.unwrap_model(model), *([] if progress.ema is None else [progress.ema.module])):
-        each.set_epoch(epoch)
-    total = 0.0
-    bar = tqdm(loader, desc=f"epoch {epoch + 1}/{args.epochs}", disable=not accelerator.is_main_process, leave=False)
-    for batch in bar:
-        images = batch["image"]
+    for each in (bare, *([] if progress.ema is None else [progress.ema.module])):
+        if isinstance(each, S3N):
+            each.set_epoch(epoch)
+    frozen = list_frozen(bare, args) if epoch < args.freeze_epochs else []
+    still = [m for m in bare.modules() if args.freeze_bn and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for module in (*frozen, *still):
+        module.eval()
+
+    start = progress.updates - epoch * loader.updates_per_epoch
+    bar = tqdm(
+        total=loader.updates_per_epoch,
+        initial=start,
+        desc=f"epoch {epoch + 1}/{args.epochs}",
+        disable=not accelerator.is_main_process,
+        leave=False,
+    )
+    for step, batch in enumerate(loader.read(epoch, start)):
+        images, target = batch["image"], batch["label"]
+        part = step % args.grad_accum_steps * accelerator.num_processes + accelerator.process_index
+        seed_batch(args, bare, images, progress.updates, part)
+        if mixup is not None:
+            images, target = mixup(images, target)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.accumulate(model):
-            loss = criterion(model(images), batch["label"])
-            value = loss.item()
+            loss = criterion(model(images), target)
+            # one exchange tells all processes the loss, and whether one of them was asked to stop
+            signals = torch.stack([loss.detach().float(), loss.new_tensor(float(run.asked_to_stop))])
+            value, stop = accelerator.reduce(signals, "mean").tolist()
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"The loss became {value} at update {progress.updates} of epoch {epoch + 1}: lower --lr "
                     f"({args.lr}), add --clip-grad or --warmup-epochs, and --resume."
                 )
             accelerator.backward(loss)
-            if accelerator.sync_gradients and args.clip_grad:
-                accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
+            if accelerator.sync_gradients:
+                for parameter in (p for module in frozen for p in module.parameters()):
+                    parameter.grad = None  # optimizers pass over it, momentum and weight decay too
+                if args.clip_grad:
+                    accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
             optimizer.step()
             optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            # not prepared by Accelerate, which would step it once a process
-            progress.updates += 1
-            scheduler.step_update(progress.updates)
-            if progress.ema is not None:
-                progress.ema.update(accelerator.unwrap_model(model), step=progress.updates)
-        total += value
-        bar.set_postfix(loss=f"{value:.3f}", lr=f"{optimizer.param_groups[-1]['lr']:.2g}")
-    return total / len(loader)
+        progress.loss += value
+        if not accelerator.sync_gradients:
+            continue
+        progress.updates += 1
+        scheduler.step_update(progress.updates)  # not prepared by Accelerate, which would step it once a process
+        if progress.ema is not None:
+            progress.ema.update(bare, step=progress.updates)
+        rate = optimizer.param_groups[-1]["lr"]
+        bar.update()
+        bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.2g}")
+        if args.log_with:
+            accelerator.log(dict(loss=value, lr=rate), step=progress.updates)
+        if stop or (args.checkpoint_every and progress.updates % args.checkpoint_every == 0):
+            run.save(progress)
+        if stop:
+            run.stopped = True
+            break
+    bar.close()
 
 
 # evaluation
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator, desc: str = "") -> dict[str, float]:
+def evaluate(model: nn.Module, loader: Any, accelerator: Accelerator, desc: str = "") -> dict[str, float]:
     """Top-1 accuracy in % of every branch and of their fusion; images that even out the processes count once."""
     model.eval()
-    bare = accelerator.unwrap_model(model)
-    bare.set_branch_logits(True)
+    bare = unwrap(model, accelerator)
+    if isinstance(bare, S3N):
+        bare.set_branch_logits(True)
     hits: dict[str, list[Tensor]] = {}
     for batch in tqdm(loader, desc=desc, disable=not accelerator.is_main_process, leave=False):
-        for name, logits in model(batch["image"])._asdict().items():
+        with accelerator.autocast():
+            output = model(batch["image"])
+        for name, logits in (output._asdict() if isinstance(bare, S3N) else dict(joint=output)).items():
             if logits is not None:
                 hits.setdefault(name, []).append(accelerator.gather_for_metrics(logits.argmax(1) == batch["label"]))
-    bare.set_branch_logits(None)
-    return {name: 100 * torch.cat(hit).float().mean().item() for name, hit in hits.items()}
+    if isinstance(bare, S3N):
+        bare.set_branch_logits(None)
+    return {name: 100 * torch.cat(hit).double().mean().item() for name, hit in hits.items()}
 
 
-# checkpoints
+# what is written
 
 
-class Progress:
-    """How far training has come; saved with every checkpoint."""
+class Run:
+    """What a run writes and when it must stop."""
 
-    def __init__(self, ema: ModelEmaV3 | None) -> None:
-        self.epoch, self.updates, self.best, self.ema = 0, 0, -1.0, ema
+    def __init__(self, args: argparse.Namespace, names: list[str], data_config: dict, accelerator: Accelerator) -> None:
+        self.args, self.names, self.data_config, self.accelerator = args, names, data_config, accelerator
+        self.trajectory = dict(trajectory(args, accelerator.num_processes), classes=names)
+        self.asked_to_stop = self.stopped = False
+        signal.signal(signal.SIGTERM, self.ask_to_stop)  # how a cluster announces that it takes the machine away
 
-    def state_dict(self) -> dict[str, Any]:
-        state = dict(epoch=self.epoch, updates=self.updates, best=self.best)
-        return state if self.ema is None else dict(state, ema=self.ema.state_dict())
+    def ask_to_stop(self, *_: Any) -> None:
+        self.asked_to_stop = True
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.updates, self.best = state["epoch"], state["updates"], state["best"]
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+    def save(self, progress: Progress) -> None:
+        save_checkpoint(self.args.output, progress, self.trajectory, self.args.checkpoint_hist, self.accelerator)
 
-
-@contextmanager
-def replacing(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
-    """A folder to write to that takes the place of `folder` once it is whole."""
-    partial_folder = folder.with_name(f".{folder.name}.partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        partial_folder.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    yield partial_folder
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial_folder.rename(folder)
+    def export(self, model: nn.Module, kind: str) -> None:
+        """Write weights that timm loads."""
+        state_dict = self.accelerator.get_state_dict(model)  # of all processes, where each holds a shard
+        state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}  # torch.compile's
+        bare = unwrap(model, self.accelerator)
+        with replacing(self.args.output / kind, self.accelerator) as folder:
+            if self.accelerator.is_main_process:
+                s3n_timm.save(
+                    bare, folder, label_names=self.names, data_config=self.data_config, state_dict=state_dict)
 
 
-def list_checkpoints(output: Path) -> list[Path]:
-    return sorted((output / "checkpoints").glob("epoch-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    if not args.resume:
-        return None
-    if args.resume != "auto":
-        if not (Path(args.resume) / "custom_checkpoint_0.pkl").is_file():
-            raise ValueError(f"--resume {args.resume} is not a checkpoint of this script: name an epoch-N folder.")
-        return Path(args.resume)
-    return next(reversed(list_checkpoints(args.output)), None)
+def report(loader: Any, kinds: list[str], run: Run) -> None:
+    """Test each kind of weights once and print a closing table."""
+    results = {}
+    for kind in kinds:
+        model = timm.create_model(f"local-dir:{run.args.output / kind}", pretrained=True).to(run.accelerator.device)
+        results[kind] = evaluate(model, loader, run.accelerator, desc=f"test, {kind}")
+    if not run.accelerator.is_main_process:
+        return
+    content = json.dumps(dict(test_top1=results, args=vars(run.args)), default=str)
+    (run.args.output / "results.json").write_text(content, encoding="utf-8")
+    table = Table("branch", *results, title="top-1 % on the test split")
+    for branch in results["last"]:
+        table.add_row(branch, *(f"{result[branch]:.1f}" for result in results.values()))
+    table.add_row("chance", *[f"{100 / len(run.names):.1f}"] * len(results))
+    Console().print(table)
+    print(f'Load it: import s3n_timm, timm; timm.create_model("local-dir:{run.args.output / "best"}", pretrained=True)')
 
 
 # main
@@ -291,46 +280,60 @@ def exiting_on(*kinds: type[Exception]) -> Iterator[None]:
         sys.exit(f"train.py: {error}")
 
 
-def main() -> None:
-    args = parse_args()
+def create_accelerator(args: argparse.Namespace) -> Accelerator:
+    missing = [name for name in args.log_with if name != "all" and name not in map(str, get_available_trackers())]
+    if missing:
+        raise ValueError(f"--log-with {missing[0]} needs that tracker's package: pip install {missing[0]}")
     accelerator = Accelerator(
         gradient_accumulation_steps=args.grad_accum_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        mixed_precision=args.mixed_precision,
+        log_with=args.log_with or None,
+        project_dir=args.output,
+        dynamo_plugin=TorchDynamoPlugin(backend=args.torchcompile) if args.torchcompile else None,
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("fp16 needs a GPU: use bf16 on a CPU.")
+    if args.model_ema and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("--model-ema averages whole weights, of which FSDP leaves each process a shard: leave it out.")
+    return accelerator
+
+
+def main() -> None:
+    args = parse_args()
+    start_all_processes()
+    with exiting_on(ValueError):
+        accelerator = create_accelerator(args)
     set_seed(args.seed)
     if accelerator.device.type == "cpu":  # accelerate launch leaves a process one thread unless told of processes
         torch.set_num_threads(args.cpu_threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     with exiting_on(ValueError, TypeError, OSError, RuntimeError):
-        checkpoint = find_checkpoint(args)
         with accelerator.main_process_first():
             splits = load_splits(args)
         names = splits["train"].features["label"].names
-        model = timm.create_model(
-            "s3n",
-            backbone=args.backbone,
-            pretrained=args.pretrained,
-            pretrained_cfg_overlay=dict(file=args.pretrained_path) if args.pretrained_path else None,
-            num_classes=len(names),
-            preset=args.preset,
-            branches=args.branches,
-            attention=args.attention,
-            **args.model_kwargs,
+        model = create_model(args, len(names), accelerator)
+        evaluation = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
+        data_config = resolve_data_config(evaluation, model=model)
+        run = Run(args, names, data_config, accelerator)
+        checkpoint, refused = find_checkpoint(args.output, args.resume, run.trajectory)
+        shared = {name: data_config[name] for name in ("input_size", "interpolation", "mean", "std")}
+        augment = create_transform(
+            **shared,
+            is_training=True,
+            scale=tuple(args.scale),
+            color_jitter=args.color_jitter,
+            re_prob=args.reprob,
         )
-    if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-
-    evaluation = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
-    data_config = resolve_data_config(evaluation, model=model)
-    shared = {name: data_config[name] for name in ("input_size", "interpolation", "mean", "std")}
-    augment = create_transform(**shared, is_training=True, scale=tuple(args.scale), color_jitter=args.color_jitter)
-    squash = create_transform(**shared, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
-    train_loader = create_loader(splits["train"], augment, args, shuffle=True)
-    val_loader, test_loader = (create_loader(splits[split], squash, args) for split in ("val", "test"))
-
+        squash = create_transform(**shared, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
+        train_loader = TrainLoader(splits["train"], augment, args, accelerator)
+        val_loader, test_loader = (create_eval_loader(splits[name], squash, args, accelerator)
+                                   for name in ("val", "test"))
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=len(names))
     criterion = s3n_timm.S3NLoss(args.smoothing)
-    optimizer = create_optimizer_v2(group_parameters(model, args), opt=args.opt, lr=args.lr, momentum=args.momentum)
-    model, optimizer, train_loader, val_loader, test_loader = accelerator.prepare(
-        model, optimizer, train_loader, val_loader, test_loader)
+    groups = group_parameters(model, args)
+    optimizer = create_optimizer_v2(groups, opt=args.opt, lr=args.lr, momentum=args.momentum)
+    model, optimizer = accelerator.prepare(model, optimizer)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
@@ -338,61 +341,68 @@ def main() -> None:
         warmup_epochs=args.warmup_epochs,
         decay_milestones=args.decay_milestones,
         step_on_epochs=False,
-        updates_per_epoch=math.ceil(len(train_loader) / args.grad_accum_steps),
+        updates_per_epoch=train_loader.updates_per_epoch,
     )
-    bare = accelerator.unwrap_model(model)
-    progress = Progress(ModelEmaV3(bare, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None)
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(unwrap(model, accelerator), decay=args.model_ema_decay, use_warmup=True)
+    progress = Progress(ema)
     accelerator.register_for_checkpointing(progress)
+    for line in refused:
+        accelerator.print(line)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
-        accelerator.print(f"Resumed from {checkpoint} after epoch {progress.epoch}.")
+        scheduler.step_update(progress.updates)
+        accelerator.print(f"Resumed from {checkpoint} after {progress.epoch} epochs and {progress.updates} updates.")
 
-    judged = model if progress.ema is None else progress.ema.module
-    watched = "val" if args.val_fraction else "test"
-    sizes = ", ".join(f"{len(part)} {split}" for split, part in splits.items())
-    accelerator.print(f"S3N ({args.preset}) on {args.backbone}, {args.img_size} px, {len(names)} classes: {sizes}")
+    judged = dict(live=model) if ema is None else dict(live=model, ema=ema.module)
+    watched = "val" if args.val_fraction or args.val_split else "test"
+    sizes = ", ".join(f"{count_images(part) or 'streamed'} {split}" for split, part in splits.items())
+    kind = "plain" if args.plain else f"S3N ({args.preset})"
+    accelerator.print(f"{kind} on {args.backbone}, {args.img_size} px, {len(names)} classes: {sizes}; "
+                      f"{train_loader.images_per_update} images an update, {accelerator.num_processes} process(es)")
+    if args.log_with:
+        accelerator.init_trackers("s3n_timm", {name: str(value) for name, value in vars(args).items()})
     started = time.monotonic()
     for epoch in range(progress.epoch, args.epochs):
-        train_loader.set_epoch(epoch)
+        if args.patience and epoch - progress.best_epoch >= args.patience:
+            accelerator.print(f"No better epoch for {args.patience}: stopped early after {epoch} epochs.")
+            break
         with exiting_on(FloatingPointError):
-            loss = train_epoch(epoch, model, train_loader, criterion, optimizer, scheduler, progress, args, accelerator)
-        top1 = evaluate(judged, val_loader, accelerator, desc=watched)
-        accelerator.print(
-            f"epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}  {watched} top-1 % "
-            + ", ".join(f"{name} {value:.1f}" for name, value in top1.items())
-            + f"  ({time.monotonic() - started:.0f} s)"
-        )
-        progress.epoch = epoch + 1
-        better = not args.val_fraction or top1["joint"] > progress.best
-        progress.best = top1["joint"] if better else progress.best
-        for kind in ("last", "best") if better else ("last",):
-            with replacing(args.output / kind, accelerator) as folder:
-                if accelerator.is_main_process:
-                    s3n_timm.save(accelerator.unwrap_model(judged), folder, label_names=names, data_config=data_config)
-        with replacing(args.output / "checkpoints" / f"epoch-{progress.epoch}", accelerator) as folder:
-            accelerator.save_state(str(folder))
+            train_epoch(epoch, model, train_loader, criterion, optimizer, scheduler, mixup, progress, args,
+                        accelerator, run)
+        if run.stopped:
+            accelerator.print(f"Stopped by SIGTERM after {progress.updates} updates, all saved: go on with --resume.")
+            accelerator.end_training()
+            return
+        top1 = {name: evaluate(each, val_loader, accelerator, desc=watched) for name, each in judged.items()}
+        loss = progress.loss / (train_loader.updates_per_epoch * args.grad_accum_steps)
+        progress.epoch, progress.loss = epoch + 1, 0.0
+        row: dict[str, float] = dict(epoch=progress.epoch, loss=loss, lr=optimizer.param_groups[-1]["lr"])
+        for name, figures in top1.items():
+            text = ", ".join(f"{branch} {value:.1f}" for branch, value in figures.items())
+            text = f"{watched} top-1 % {text}" if name == "live" else f"averaged weights {text}"
+            accelerator.print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}  {text}  "
+                              f"({time.monotonic() - started:.0f} s)")
+            row |= {f"{watched}_{branch}{'' if name == 'live' else '_ema'}": v for branch, v in figures.items()}
+        progress.history.append(row)
+        best = max(judged, key=lambda name: top1[name]["joint"])
+        better = top1[best]["joint"] > progress.best
+        if watched == "test":  # no epoch is chosen on the test split
+            best, better = "live", True
+        if better:
+            progress.best, progress.best_epoch = top1[best]["joint"], progress.epoch
+            run.export(judged[best], "best")
+        run.export(model, "last")
+        if ema is not None:
+            run.export(ema.module, "ema")
         if accelerator.is_main_process:
-            for old in list_checkpoints(args.output)[:-args.checkpoint_hist]:
-                shutil.rmtree(old)
-
-    report(test_loader, names, args, accelerator)
-
-
-def report(loader: DataLoader, names: list[str], args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Test the last and the best weights once and print a closing table."""
-    results = {}
-    for kind in ("last", "best"):
-        model = timm.create_model(f"local-dir:{args.output / kind}", pretrained=True).to(accelerator.device)
-        results[kind] = evaluate(model, loader, accelerator, desc=f"test, {kind}")
-    if not accelerator.is_main_process:
-        return
-    (args.output / "results.json").write_text(json.dumps(dict(test_top1=results, args=vars(args)), default=str))
-    table = Table("branch", *(f"{kind} epoch" for kind in results), title="top-1 % on the test split")
-    for branch in results["last"]:
-        table.add_row(branch, *(f"{result[branch]:.1f}" for result in results.values()))
-    table.add_row("chance", *[f"{100 / len(names):.1f}"] * 2)
-    Console().print(table)
-    print(f'Load it: import s3n_timm, timm; timm.create_model("local-dir:{args.output / "best"}", pretrained=True)')
+            write_summary(args.output / "summary.csv", progress.history)
+        if args.log_with:
+            accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=progress.updates)
+        run.save(progress)
+    report(test_loader, ["last", *(["ema"] if ema else []), "best"], run)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

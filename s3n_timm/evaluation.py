@@ -193,11 +193,11 @@ class PartCounts(NamedTuple):
     weakest: Tensor  # P
 
 
-def part_statistics(response: Tensor, peaks: Tensor, parts: Tensor, size: Sequence[int]) -> PartCounts:
-    """Give each image's strongest and weakest peak to the nearest visible part, and count per part (figure 6).
+def nearest_parts(response: Tensor, peaks: Tensor, parts: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Find the visible part nearest to each image's strongest and to its weakest peak (figure 6).
 
     Of equal peaks, and of equally near parts, the first counts. The only peak of an image is its strongest and its
-    weakest. An image without a peak or without a visible part counts nowhere.
+    weakest.
 
     Args:
         response: B×G×G response R, the attention at each peak.
@@ -206,7 +206,8 @@ def part_statistics(response: Tensor, peaks: Tensor, parts: Tensor, size: Sequen
         size: (H, W) of that image in pixels.
 
     Returns:
-        Two counts per part.
+        Two B indices of parts, for the strongest and the weakest peak; -1 for an image without a peak or without a
+        visible part.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -216,13 +217,28 @@ def part_statistics(response: Tensor, peaks: Tensor, parts: Tensor, size: Sequen
     pixels = peak_pixels(peaks.shape[1:], size, parts.device).flatten(0, 1)
     visible = parts[..., 2] > 0
     counted = peaks.flatten(1).any(1) & visible.any(1)
-    counts = []
-    for chosen in partition_peaks(response, peaks, "extreme"):
-        peak = pixels[chosen.flatten(1).argmax(1)]
+    strongest, weakest = (
+        pixels[chosen.flatten(1).argmax(1)] for chosen in partition_peaks(response, peaks, "extreme")
+    )
+
+    def nearest(peak: Tensor) -> Tensor:
         distance = (parts[..., :2] - peak[:, None]).square().sum(-1)
-        nearest = torch.where(visible, distance, torch.inf).argmin(1)
-        counts.append(torch.bincount(nearest[counted], minlength=parts.shape[1]))
-    return PartCounts(*counts)
+        return torch.where(counted, torch.where(visible, distance, torch.inf).argmin(1), -1)
+
+    return nearest(strongest), nearest(weakest)
+
+
+def part_statistics(response: Tensor, peaks: Tensor, parts: Tensor, size: Sequence[int]) -> PartCounts:
+    """Count per part how often `nearest_parts` gives it (figure 6).
+
+    An image without a peak or without a visible part counts nowhere. The arguments and the errors are those of
+    `nearest_parts`.
+
+    Returns:
+        Two counts per part.
+    """
+    nearest = nearest_parts(response, peaks, parts, size)
+    return PartCounts(*(torch.bincount(part[part >= 0], minlength=parts.shape[1]) for part in nearest))
 
 
 # warps
@@ -386,6 +402,16 @@ def point_magnification(grid: Tensor, points: Tensor) -> Tensor:
     return _read_magnification(grid, *_find_targets(grid, target, steps=40))[..., 0]
 
 
+def _count_box_pixels(grid: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """How many pixels of the warped image show a box, and how many pixels of the input lie in it, B each."""
+    _check_grid(grid)
+    if boxes.shape != (len(grid), 4):
+        raise ValueError(f"boxes must be B×4 with B = {len(grid)} of grid, got {tuple(boxes.shape)}.")
+    size = grid.shape[1:3]
+    shown = _inside(_grid_to_pixels(grid.float(), size), boxes).sum((1, 2))
+    return shown, _inside(peak_pixels(size, size, grid.device)[None], boxes).sum((1, 2))
+
+
 def box_magnification(grid: Tensor, boxes: Tensor) -> Tensor:
     """Mean `magnification` over a box of the input.
 
@@ -402,15 +428,61 @@ def box_magnification(grid: Tensor, boxes: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
-    _check_grid(grid)
-    if boxes.shape != (len(grid), 4):
-        raise ValueError(f"boxes must be B×4 with B = {len(grid)} of grid, got {tuple(boxes.shape)}.")
-    size = grid.shape[1:3]
-    shown = _inside(_grid_to_pixels(grid.float(), size), boxes).sum((1, 2))
-    return shown / _inside(peak_pixels(size, size, grid.device)[None], boxes).sum((1, 2))
+    shown, there = _count_box_pixels(grid, boxes)
+    return shown / there
+
+
+def background_magnification(grid: Tensor, boxes: Tensor) -> Tensor:
+    """Mean `magnification` over all of the input but a box, counted as in `box_magnification`.
+
+    Args:
+        grid: B×H×W×2 warp grid.
+        boxes: B×4 boxes (x0, y0, x1, y1) in pixels of the input.
+
+    Returns:
+        B area scales in float32; NaN for a box that leaves no pixel's centre.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    shown, there = _count_box_pixels(grid, boxes)
+    pixels = grid.shape[1] * grid.shape[2]
+    return (pixels - shown) / (pixels - there)
 
 
 # localisation: table 2
+
+
+def localisation_maps(
+        maps: Mapping[str, Tensor],
+        grids: Mapping[str, Tensor],
+        classes: Tensor,
+        size: Sequence[int],
+) -> dict[str, Tensor]:
+    """Bring each branch's response map of one class per image to the space of the input.
+
+    Args:
+        maps: B×C×h×w class response maps by branch, such as `Explanation.maps`.
+        grids: B×H×W×2 warp grid by branch, for the branches that read a warped image.
+        classes: B indices of the class, the model's top-1.
+        size: (H, W) of the input in pixels.
+
+    Returns:
+        B×2×H×W maps by branch in float32: the map as it is, and scaled to [0, 1] before it is carried back.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    image = torch.arange(len(classes), device=classes.device)
+    moved = {}
+    for branch, of_classes in maps.items():
+        chosen = of_classes[image, classes].float()
+        both = torch.stack([chosen, normalize_response(chosen)], dim=1)
+        grid = grids.get(branch)
+        if grid is not None and tuple(grid.shape[1:3]) != tuple(size):
+            raise ValueError(f"grids[{branch!r}] must be B×{size[0]}×{size[1]}×2 as size, got {tuple(grid.shape)}.")
+        moved[branch] = resize_maps(both, (size[0], size[1])) if grid is None else carry_back(both, grid)
+    return moved
 
 
 def localisation_map(
@@ -441,16 +513,8 @@ def localisation_map(
     """
     if not maps:
         raise ValueError("maps must hold at least one branch.")
-    total = torch.zeros(len(classes), *size, device=classes.device)
-    image = torch.arange(len(classes), device=classes.device)
-    for branch, of_classes in maps.items():
-        chosen = of_classes[image, classes].float()
-        chosen = (normalize_response(chosen) if normalize else chosen)[:, None]
-        grid = grids.get(branch)
-        if grid is not None and tuple(grid.shape[1:3]) != tuple(size):
-            raise ValueError(f"grids[{branch!r}] must be B×{size[0]}×{size[1]}×2 as size, got {tuple(grid.shape)}.")
-        total += (resize_maps(chosen, (size[0], size[1])) if grid is None else carry_back(chosen, grid))[:, 0]
-    return total
+    moved = localisation_maps(maps, grids, classes, size)
+    return torch.stack([both[:, int(normalize)] for both in moved.values()]).sum(0)
 
 
 def largest_region_box(maps: Tensor, threshold: float = 0.2) -> Tensor:

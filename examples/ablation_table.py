@@ -1,0 +1,126 @@
+"""The table of ablation.py: figures of finished runs, over seeds and against the plain backbone, and their files."""
+
+import csv
+import io
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from s3n_timm.evaluation import bootstrap_difference
+
+FIGURES = dict(
+    joint=("accuracy", "joint", "top1"),
+    O=("accuracy", "original", "top1"),
+    D=("accuracy", "discriminative", "top1"),
+    C=("accuracy", "complementary", "top1"),
+    localisation=("localisation", "joint", "accuracy"),
+    hit_rate=("hits", "rate"),
+)
+NOTE = (
+    "Top-1 in %, on the test split; mean ± sample standard deviation over seeds. − plain: joint top-1 less that of the "
+    "plain backbone of the same seed. 95 %: paired bootstrap interval of that difference, the images of all seeds taken "
+    "as so many images. paper: its figures for CUB-200-2011, ResNet-50, 448 px. s: wall-clock seconds of training."
+)
+HEADER = ("table", "row", "paper", "passes × epochs", "seeds", "joint", "O", "D", "C", "paper loc. %", "loc. %",
+          "hits %", "s", "− plain", "95 %")
+
+
+def read_figures(run: Run) -> dict[str, float | None]:
+    measures = json.loads((run.folder / "evaluation" / "results.json").read_text(encoding="utf-8"))["measures"]
+    figures: dict[str, float | None] = {}
+    for name, path in FIGURES.items():
+        value = measures
+        for key in path:
+            value = value.get(key) if value else None  # the row has no such branch, peaks or maps
+        figures[name] = value
+    return dict(figures, seconds=read_record(run)["seconds"])
+
+
+def read_correct(run: Run) -> tuple[list[tuple[str, str]], Tensor]:
+    """Index and label of every test image, and whether the joint prediction is right."""
+    with (run.folder / "evaluation" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [(row["index"], row["label"]) for row in rows], torch.tensor([row["correct_joint"] == "1" for row in rows])
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and sample standard deviation; None for what a row lacks, or for the deviation of one seed."""
+    known = [value for value in values if value is not None]
+    whole = bool(known) and len(known) == len(values)
+    return dict(
+        mean=statistics.fmean(known) if whole else None,
+        sd=statistics.stdev(known) if whole and len(known) > 1 else None,
+        values=list(values),
+    )
+
+
+def compare(runs: list[Run], baselines: list[Run]) -> dict[str, Any] | None:
+    """Differences of top-1 seed by seed, in percentage points, and the pooled interval of the same images' answers."""
+    by_seed = {run.seed: run for run in baselines}
+    pairs = [(run, by_seed[run.seed]) for run in runs if run.seed in by_seed]
+    if not pairs:
+        return None
+    differences, answers = [], []
+    for run, baseline in pairs:
+        (images, ours), (same, theirs) = read_correct(run), read_correct(baseline)
+        if images != same:
+            raise RunError(f"{run.folder} and {baseline.folder} were not tested on the same images in one order.")
+        answers.append((ours, theirs))
+        differences.append(100 * (ours.double().mean() - theirs.double().mean()).item())
+    low, high = bootstrap_difference(*(torch.cat(each) for each in zip(*answers)))
+    return dict(spread(differences), seeds=[run.seed for run, _ in pairs], interval=[100 * low, 100 * high])
+
+
+def format_row(row: dict[str, Any]) -> list[str]:
+    def show(figure: dict[str, Any] | None, form: str = ".1f") -> str:
+        if figure is None or figure["mean"] is None:
+            return ""
+        return format(figure["mean"], form) + ("" if figure["sd"] is None else f" ± {figure['sd']:{form.lstrip('+')}}")
+
+    figures, difference = row["figures"], row["difference"]
+    interval = "" if difference is None else "{:+.1f} to {:+.1f}".format(*difference["interval"])
+    top1 = [show(figures[name]) for name in ("joint", "O", "D", "C")]
+    located = "" if row["paper_localisation"] is None else str(row["paper_localisation"])
+    return [row["table"], row["row"], str(row["paper_top1"]), f"{row['passes_a_step']} × {row['epochs']}",
+            str(len(row["seeds"])), *top1, located, show(figures["localisation"]), show(figures["hit_rate"]),
+            show(figures["seconds"], ".0f"), show(difference, "+.1f"), interval]
+
+
+def write_table(rows: list[dict[str, Any]], output: Path) -> None:
+    """table.json with all figures, table.csv with one column a figure, table.md to read."""
+    write(output / "table.json", json.dumps(dict(note=NOTE, rows=rows), indent=1, ensure_ascii=False))
+
+    lines = []
+    for row in rows:
+        kept = ("table", "row", "paper_top1", "paper_localisation", "passes_a_step", "epochs", "passes")
+        line = {key: row[key] for key in kept} | dict(seeds=len(row["seeds"]))
+        for name, figure in dict(row["figures"], difference=row["difference"] or dict(mean=None, sd=None)).items():
+            line |= {f"{name}_{key}": figure[key] for key in ("mean", "sd")}
+        low, high = row["difference"]["interval"] if row["difference"] else (None, None)
+        lines.append(dict(line, difference_low=low, difference_high=high))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write(output / "table.csv", text.getvalue())
+
+    aligned = ["---", "---", *["---:"] * (len(HEADER) - 2)]
+    cells = [HEADER, aligned, *map(format_row, rows)]
+    write(output / "table.md", "\n".join(f"| {' | '.join(line)} |" for line in cells) + f"\n\n{NOTE}\n")
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    table = Table(caption=NOTE, caption_justify="left")
+    for i, name in enumerate(HEADER):
+        table.add_column(name, justify="right" if i > 1 else "left")
+    for row in rows:
+        table.add_row(*format_row(row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

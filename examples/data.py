@@ -1,0 +1,210 @@
+"""Splits, and loaders that give the same images in the same order however training is divided or interrupted.
+
+What is drawn at random for an image (its crop, its flip) depends on the seed and on its place in training alone: not on
+the number of processes and workers, nor on where a run was resumed.
+"""
+
+import argparse
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
+
+from s3n_timm.datasets import check_disjoint, load
+
+Transform = Callable[[Any], Tensor]
+
+
+def load_splits(args: argparse.Namespace) -> dict[str, Any]:
+    """Training, validation and test images; without a validation part the test split is watched in its place."""
+    kind = args.dataset.partition(":")[0]
+    options: dict[str, Any] = dict(verify=args.verify)
+    if kind in ("hub", "parquet"):
+        options.update(image_column=args.image_column, label_column=args.label_column)
+    if args.streaming:
+        options.update(streaming=True, verify=False)
+    names = (args.train_split, args.test_split) if kind == "hub" else ("train", "test")
+    if kind == "birds":
+        counts = (args.num_images, max(args.num_images // 4, args.num_classes))
+        splits = [load("birds", split=name, num_images=count, num_classes=args.num_classes, size=args.img_size)
+                  for name, count in zip(names, counts)]
+    else:
+        splits = [load(args.dataset, args.data_dir, name, **options) for name in names]
+    train, test = splits
+    val = test
+    if args.val_split:
+        val = load(args.dataset, args.data_dir, args.val_split, **options)
+    elif args.val_fraction:
+        try:
+            parts = train.train_test_split(args.val_fraction, stratify_by_column="label", seed=args.seed)
+        except ValueError as error:
+            raise ValueError(f"--val-fraction {args.val_fraction} cannot be held out of training: {error}") from error
+        train, val = parts["train"], parts["test"]
+    if args.verify and not args.streaming and kind != "birds":  # birds of two splits are drawn apart
+        for other in (val,) if val is test else (val, test):
+            check_disjoint(train, other)
+    return dict(train=train, val=val, test=test)
+
+
+def count_images(split: Any) -> int | None:
+    """Images of a split; None for a stream that doesn't know."""
+    return len(split) if isinstance(split, datasets.Dataset) else None
+
+
+# randomness by place
+
+
+def mix_seeds(*seeds: int) -> int:
+    """One seed of 32 bits that differs wherever one of the given does."""
+    return int(np.random.SeedSequence(seeds).generate_state(1)[0])
+
+
+@contextmanager
+def drawing_from(*seed: int) -> Iterator[None]:
+    """Seed every generator that transforms draw from, and bring them back as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        for generator in (random.seed, np.random.seed, torch.manual_seed):
+            generator(mix_seeds(*seed))
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+class TrainingImages(Dataset):
+    """Augmented images by (index, place in training)."""
+
+    def __init__(self, images: datasets.Dataset, transform: Transform, seed: int) -> None:
+        self.images, self.transform, self.seed = images.select_columns(["image", "label"]), transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        index, place = key
+        row = self.images[index]
+        with drawing_from(self.seed, place):
+            return dict(image=self.transform(row["image"].convert("RGB")), label=row["label"])
+
+
+class TrainingSampler(Sampler[tuple[int, int]]):
+    """(Index, place in training) of an epoch's images, from any place of the epoch on.
+
+    Args:
+        labels: N class indices.
+        length: images of an epoch.
+        seed: of the order; each epoch has its own.
+        balanced: draw every class equally often, with replacement; else each image at most once.
+    """
+
+    def __init__(self, labels: Tensor, length: int, seed: int, balanced: bool = False) -> None:
+        self.labels, self.length, self.seed, self.balanced = labels, length, seed, balanced
+        self.epoch, self.start = 0, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
+        if self.balanced:
+            weights = 1 / torch.bincount(self.labels)[self.labels].double()
+            order = torch.multinomial(weights, self.length, replacement=True, generator=generator)
+        else:
+            order = torch.randperm(len(self.labels), generator=generator)[:self.length]
+        first = self.epoch * self.length
+        return zip(order[self.start:].tolist(), range(first + self.start, first + self.length))
+
+    def __len__(self) -> int:
+        return self.length - self.start
+
+
+# loaders
+
+
+class TrainLoader:
+    """Batches of one process, epoch by epoch.
+
+    Every epoch has the same number of updates, each of as many images as all processes read between two steps of the
+    optimizer; what is left of the images waits for another epoch's order.
+    """
+
+    def __init__(self, split: Any, transform: Transform, args: argparse.Namespace, accelerator: Accelerator) -> None:
+        self.split, self.args, self.accelerator = split, args, accelerator
+        self.images_per_update = args.batch_size * accelerator.num_processes * args.grad_accum_steps
+        count = count_images(split) or args.num_images
+        if count is None:
+            raise ValueError(f"--dataset {args.dataset} is streamed: give --num-images, the images of an epoch.")
+        self.updates_per_epoch = count // self.images_per_update
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f"An update reads {self.images_per_update} images (--batch-size × processes × --grad-accum-steps), "
+                f"more than the {count} of training: lower --batch-size."
+            )
+        if args.streaming:
+            split = split.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
+            self.split = split_dataset_by_node(split, accelerator.process_index, accelerator.num_processes)
+            self.transform = transform
+            return
+        labels = torch.as_tensor(split.with_format(None)["label"][:])
+        length = self.updates_per_epoch * self.images_per_update
+        self.sampler = TrainingSampler(labels, length, args.seed, args.balanced)
+        loader = DataLoader(
+            TrainingImages(split, transform, args.seed),
+            batch_sampler=BatchSampler(self.sampler, args.batch_size, drop_last=True),
+            num_workers=args.workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        self.loader = accelerator.prepare(loader)
+
+    def read(self, epoch: int, update: int) -> Iterator[dict[str, Tensor]]:
+        """The batches of an epoch from its `update`-th update on."""
+        if self.args.streaming:
+            return self._stream(epoch, update)
+        self.sampler.epoch, self.sampler.start = epoch, update * self.images_per_update
+        return iter(self.loader)
+
+    def _stream(self, epoch: int, update: int) -> Iterator[dict[str, Tensor]]:
+        """Pass after pass over this process's part of the stream; what the epoch has read is read again and dropped."""
+
+        def transform_row(row: dict[str, Any], place: int, number: int) -> dict[str, Any]:
+            worker = get_worker_info()
+            reader = self.accelerator.process_index, worker.id if worker else 0
+            with drawing_from(self.args.seed, epoch, number, *reader, place):
+                return dict(image=self.transform(row["image"].convert("RGB")), label=row["label"])
+
+        def passes() -> Iterator[dict[str, Tensor]]:
+            for number in itertools.count():
+                # each pass has an order of its own, the later ones of an epoch far from those of other epochs
+                self.split.set_epoch(epoch + number * self.args.epochs)
+                rows = self.split.map(transform_row, with_indices=True, fn_kwargs=dict(number=number))
+                rows = rows.with_format("torch")
+                loader = DataLoader(rows, self.args.batch_size, num_workers=self.args.workers, drop_last=True)
+                seen = 0
+                for seen, batch in enumerate(loader, 1):  # noqa: B007
+                    yield batch
+                if not seen:
+                    raise ValueError(f"--dataset {self.args.dataset} gives a process less than one batch: lower -b.")
+
+        steps = self.args.grad_accum_steps
+        batches = itertools.islice(passes(), update * steps, self.updates_per_epoch * steps)
+        return (send_to_device(batch, self.accelerator.device) for batch in batches)
+
+
+def create_eval_loader(split: Any, transform: Transform, args: argparse.Namespace, accelerator: Accelerator) -> Any:
+    """A loader prepared by Accelerate, for `gather_for_metrics`."""
+
+    def transform_batch(batch: dict[str, list]) -> dict[str, list]:
+        return dict(image=[transform(image.convert("RGB")) for image in batch["image"]], label=batch["label"])
+
+    images = split.select_columns(["image", "label"])
+    if isinstance(split, datasets.Dataset):
+        images = images.with_transform(transform_batch)
+    else:
+        images = images.map(transform_batch, batched=True, batch_size=args.batch_size).with_format("torch")
+    return accelerator.prepare(DataLoader(images, args.batch_size, num_workers=args.workers))

@@ -1,0 +1,322 @@
+"""Evaluation of a model in two steps: what is kept of each image of a batch, and the figures of a whole split.
+
+`measure_batch` gives one row an image, so that rows of several processes can be put together before `summarise` makes
+figures of them. Rows hold the joint logits and scalars, never a map or an image.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import evaluation
+from .model import S3N
+
+OUTPUTS = ("joint", "original", "discriminative", "complementary")
+UNITS = (
+    "accuracies, rates, shares, their intervals and the calibration error in %; negative log likelihood in nats; "
+    "magnification in areas of the warped image per area of the input; counts as such"
+)
+CALIBRATION = (
+    "temperature fitted by cross-fitting on the evaluated images themselves: on each half of them, chosen by the seed, "
+    "and applied to the other half"
+)
+
+Records = Mapping[str, Tensor]
+
+
+def carry_annotations(
+        batch: Records,
+        img_size: int | Sequence[int],
+        crop_pct: float | None = None,
+        crop_mode: str | None = None,
+) -> dict[str, Tensor]:
+    """Carry a batch's boxes and parts from the stored images into the model's input.
+
+    Args:
+        batch: `sizes` B×2 (height, width) of the stored images in pixels, and where they are annotated `box` B×4 and
+            `parts` B×P×3 (x, y, visible) in pixels of those images; the rest is passed on.
+        img_size: side, or (height, width), of the model's input in pixels.
+        crop_pct: as for `evaluation.transform_points`.
+        crop_mode: as for `evaluation.transform_points`.
+
+    Returns:
+        The batch with `box` and `parts` in pixels of the input, `boxed` B: something of the box is left, and
+        `part_visible` B×P: the part is visible in the stored image. A part outside the input is no longer visible in
+        `parts`.
+    """
+    moved, geometry = dict(batch), (batch["sizes"], img_size, crop_pct, crop_mode)
+    if "box" in batch:
+        moved["box"], moved["boxed"] = evaluation.transform_boxes(batch["box"], *geometry)
+    if "parts" in batch:
+        points, inside = evaluation.transform_points(batch["parts"][..., :2], *geometry)
+        moved["part_visible"] = batch["parts"][..., 2] > 0
+        measured = (moved["part_visible"] & inside)[..., None]
+        moved["parts"] = torch.cat([points, measured.to(points)], dim=-1)
+    return moved
+
+
+def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
+    """Run a model on a batch and keep what figures need, one row an image.
+
+    Args:
+        model: an S3N, or any model that gives B×C logits; in eval mode.
+        batch: `image` B×3×H×W, normalised, `label` B and `index` B; optionally what `carry_annotations` adds.
+
+    Returns:
+        Tensors of B rows. Always: `index`, `label`, `logits` B×C of the prediction, and for each output of the model
+        `prediction_…` and `top5_…`, the label is among the five best. Of an S3N with sparse attention: `peaks`. With
+        boxes: `boxed`; of an S3N `iou_…` and `normalized_iou_…` of each branch and, under `joint`, of their sum;
+        `hits`; `object_…` and `background_…`, the magnification by each warp. With parts: `part_visible` and
+        `part_measured` B×P; of an S3N `strongest` and `weakest`, the part next to that peak or -1; and
+        `part_magnification_…` B×P, 0 for a part that the warped image does not show and NaN for one that it shows
+        but that lies less than a pixel from the input's edge.
+    """
+    image, label = batch["image"], batch["label"]
+    seen = model.explain(image) if isinstance(model, S3N) else None
+    outputs = {"joint": model(image)} if seen is None else seen.logits._asdict()
+    outputs = {name: logits.float() for name, logits in outputs.items() if logits is not None}
+    records = dict(index=batch["index"], label=label, logits=outputs["joint"])
+    for name, logits in outputs.items():
+        # a stable order makes the first the same as that of argmax where logits are equal
+        best = logits.argsort(dim=1, descending=True, stable=True)[:, :5]
+        records[f"prediction_{name}"] = best[:, 0]
+        records[f"top5_{name}"] = (best == label[:, None]).any(1)
+    records |= {name: batch[name] for name in ("boxed", "part_visible") if name in batch}
+    if "parts" in batch:
+        records["part_measured"] = batch["parts"][..., 2] > 0
+    if seen is None or not isinstance(model, S3N):
+        return records
+
+    size, sample = image.shape[-2:], seen.sample
+    grids = {} if sample is None else {branch: getattr(sample, f"grid_{branch}") for branch in model.warped}
+    peaks = None if sample is None or model.attention != "sparse" else sample.peaks
+    if peaks is not None:
+        records["peaks"] = peaks.sum((1, 2))
+    if "box" in batch:
+        box = batch["box"]
+        # the class is the model's, also where a branch alone would choose another
+        maps = {branch: of_classes for branch, of_classes in seen.maps.items() if branch in outputs}
+        located = evaluation.localisation_maps(maps, grids, records["prediction_joint"], size)
+        located["joint"] = torch.stack(list(located.values())).sum(0)
+        for name, both in located.items():
+            for kind, found in zip(("iou", "normalized_iou"), both.unbind(1)):
+                records[f"{kind}_{name}"] = evaluation.box_iou(evaluation.largest_region_box(found), box)
+        for branch, grid in grids.items():
+            records[f"object_{branch}"] = evaluation.box_magnification(grid, box)
+            records[f"background_{branch}"] = evaluation.background_magnification(grid, box)
+        if peaks is not None:
+            records["hits"], _ = evaluation.count_hits(peaks, box, size)
+    if "parts" in batch:
+        parts, points = batch["parts"], batch["parts"][..., :2]
+        # a warp that is clamped fills a place of any size with the border's pixels: there a point has no scale
+        bounds = points.new_tensor([size[1] - 1, size[0] - 1])
+        at_edge = ((points < 1) | (points > bounds)).any(-1)
+        for branch, grid in grids.items():
+            scales = evaluation.point_magnification(grid, points)
+            records[f"part_magnification_{branch}"] = scales.masked_fill(at_edge & (scales > 0), math.nan)
+        if peaks is not None and sample is not None:
+            strongest, weakest = evaluation.nearest_parts(sample.response, peaks, parts, size)
+            records |= dict(strongest=strongest, weakest=weakest)
+    return records
+
+
+# figures of a split
+
+
+def as_plain(value: Any) -> Any:
+    """Tensors and nested containers as what JSON holds; NaN and infinite numbers as None."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summarise(
+        records: Records,
+        part_names: Sequence[str] = (),
+        seed: int = 0,
+        samples: int = 10_000,
+) -> dict[str, Any]:
+    """Make the figures of a split from the rows of its images.
+
+    Args:
+        records: rows of `measure_batch`, those of all batches put together.
+        part_names: a name for each part.
+        seed: of the bootstrap and of the halves that calibrate each other.
+        samples: number of bootstrap samples.
+
+    Returns:
+        A nested dict of numbers, lists and None, for a figure that does not exist, in the units of `UNITS`:
+        `accuracy`, `calibration`, and where the model and the data have them `peaks`, `boxes`, `hits`, `localisation`,
+        `magnification` and `parts`.
+
+    Raises:
+        ValueError: there is no image, or a logit is not finite.
+    """
+    label, logits = records["label"], records["logits"]
+    if not len(label):
+        raise ValueError("records must hold at least one image.")
+    if not logits.isfinite().all():
+        raise ValueError("The model gives logits that are not finite: its training diverged, take other weights.")
+    figures: dict[str, Any] = dict(
+        accuracy=_accuracy(records, seed, samples),
+        calibration=_calibration(logits, label, seed),
+    )
+    if "peaks" in records:
+        figures["peaks"] = _peaks(records["peaks"])
+    if "boxed" in records:
+        boxed = records["boxed"]
+        figures["boxes"] = dict(measured=int(boxed.sum()), cropped_away=int((~boxed).sum()))
+    if "hits" in records:
+        figures["hits"] = _hits(records)
+    if "iou_joint" in records:
+        figures["localisation"] = _localisation(records)
+    magnified = _magnification(records)
+    if magnified:
+        figures["magnification"] = magnified
+    if "part_measured" in records:
+        figures["parts"] = _parts(records, part_names)
+    return as_plain(figures)
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()  # NaN of nothing
+
+
+def _outputs(records: Records, prefix: str) -> list[str]:
+    return [name for name in OUTPUTS if prefix + name in records]
+
+
+def _accuracy(records: Records, seed: int, samples: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name in _outputs(records, "prediction_"):
+        correct = dict(top1=records[f"prediction_{name}"] == records["label"], top5=records[f"top5_{name}"])
+        figures[name] = {}
+        for kind, right in correct.items():
+            interval = evaluation.bootstrap_interval(right, samples=samples, seed=seed)
+            figures[name][kind] = 100 * _mean(right)
+            figures[name][f"{kind}_interval"] = [100 * end for end in interval]
+    return figures
+
+
+def cross_calibrate(logits: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, list[float]]:
+    """Divide the logits of each half of the images by the temperature that suits the other half.
+
+    Args:
+        logits: B×C.
+        labels: B class indices.
+        seed: of the division into halves.
+
+    Returns:
+        B×C logits, and the temperatures of the first and of the second half.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    if len(labels) < 2:
+        raise ValueError(f"Cross-fitting needs two images or more, got {len(labels)}.")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    halves = order.tensor_split(2)
+    calibrated, temperatures = logits.clone(), []
+    for half, other in (halves, halves[::-1]):
+        temperatures.append(evaluation.fit_temperature(logits[other], labels[other]))
+        calibrated[half] = logits[half] / temperatures[-1]
+    return calibrated, temperatures
+
+
+def _calibration(logits: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    def errors(scores: Tensor) -> tuple[float, float]:
+        return evaluation.nll(scores, labels).item(), 100 * evaluation.calibration_error(scores, labels).item()
+
+    loss, error = errors(logits)
+    figures: dict[str, Any] = dict(nll=loss, ece=error, nll_calibrated=None, ece_calibrated=None, temperatures=None)
+    if len(labels) > 1:
+        calibrated, temperatures = cross_calibrate(logits, labels, seed)
+        loss, error = errors(calibrated)
+        figures |= dict(nll_calibrated=loss, ece_calibrated=error, temperatures=temperatures)
+    return dict(figures, method=CALIBRATION)
+
+
+def _peaks(peaks: Tensor) -> dict[str, Any]:
+    return dict(
+        mean=_mean(peaks),
+        min=int(peaks.min()),
+        max=int(peaks.max()),
+        images_without=int((peaks == 0).sum()),
+        histogram=torch.bincount(peaks),
+    )
+
+
+def _hits(records: Records) -> dict[str, Any]:
+    hits, peaks = (records[name][records["boxed"]] for name in ("hits", "peaks"))
+    return dict(
+        images=int((peaks > 0).sum()),
+        rate=100 * evaluation.hit_rate(hits, peaks),
+        mean=_mean(hits),
+        histogram=evaluation.hit_histogram(hits),
+    )
+
+
+def _localisation(records: Records) -> dict[str, Any]:
+    boxed = records["boxed"]
+    correct = (records["prediction_joint"] == records["label"])[boxed]
+    figures: dict[str, Any] = dict(images=int(boxed.sum()))
+    for name in _outputs(records, "iou_"):
+        figures[name] = {}
+        for kind in ("", "normalized_"):
+            iou = records[f"{kind}iou_{name}"][boxed]
+            figures[name][f"{kind}accuracy"] = 100 * _mean(correct & (iou >= 0.5))
+            figures[name][f"{kind}iou"] = _mean(iou)
+    return figures
+
+
+def _spread(values: Tensor) -> dict[str, Any]:
+    """Mean and median of the numbers that exist."""
+    values = values[~values.isnan()].double()
+    median = values.quantile(0.5).item() if len(values) else math.nan
+    return dict(mean=_mean(values), median=median, images=len(values))
+
+
+def _magnification(records: Records) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for kind in ("object", "background"):
+        for branch in _outputs(records, f"{kind}_"):
+            figures.setdefault(branch, {})[kind] = _spread(records[f"{kind}_{branch}"][records["boxed"]])
+    for branch in _outputs(records, "part_magnification_"):
+        scales = records[f"part_magnification_{branch}"].double()
+        # NaN for an image without a part to measure
+        of_image = scales.where(records["part_measured"], math.nan).nanmean(1)
+        figures.setdefault(branch, {})["parts"] = _spread(of_image)
+    return figures
+
+
+def _parts(records: Records, names: Sequence[str]) -> dict[str, Any]:
+    visible, measured = records["part_visible"], records["part_measured"]
+    counted = records["strongest"] >= 0 if "strongest" in records else None
+    branches = _outputs(records, "part_magnification_")
+    by_name: dict[str, Any] = {}
+    for part, name in enumerate(names):
+        rows = measured[:, part]
+        by_name[name] = dict(measured=int(rows.sum()))
+        if counted is not None:
+            by_name[name] |= {kind: int((records[kind] == part).sum()) for kind in ("strongest", "weakest")}
+        for branch in branches:
+            scales = records[f"part_magnification_{branch}"][rows, part]
+            by_name[name][branch] = dict(magnification=_spread(scales), not_shown=100 * _mean(scales == 0))
+    return dict(
+        images=None if counted is None else int(counted.sum()),
+        visible=int(visible.sum()),
+        hidden=int((~visible).sum()),
+        cropped_away=int((visible & ~measured).sum()),
+        measured=int(measured.sum()),
+        not_shown={
+            branch: 100 * _mean(records[f"part_magnification_{branch}"][measured] == 0) for branch in branches
+        },
+        names=by_name,
+    )

@@ -1,0 +1,142 @@
+"""examples/train.py gives the same weights however an update's images are divided."""
+
+import csv
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from scripts import ENVIRONMENT, EXAMPLES, SMALL, largest_difference, run, train
+from torch import nn
+
+sys.path.insert(0, str(EXAMPLES))
+from sync_bn import synchronize
+
+# two epochs of ten updates of 16 images; the peaks are divided at random
+ARGS = ("--num-images", 170, "--val-fraction", 0.05, "--epochs", 2, "--clip-grad", 1)
+
+
+def rates(output):
+    with (output / "summary.csv").open() as file:
+        return [float(row["lr"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "run"
+    train(*ARGS, "--freeze-bn", "--batch-size", 16, "--output", output)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch", "steps", "extra"),
+    [(2, 8, 1, []), (1, 4, 4, []), (2, 4, 2, ["--grad-checkpointing"])],
+    ids=["processes", "accumulation", "both, with gradient checkpointing"],
+)
+def test_twenty_steps_end_at_the_same_weights_and_rates(alone, tmp_path, processes, batch, steps, extra):
+    output = tmp_path / "run"
+    args = ("--freeze-bn", "--batch-size", batch, "--grad-accum-steps", steps, *extra)
+    if extra:  # what a checkpoint must have in common with a run is not at stake here
+        train(*ARGS, *args, "--output", output, processes=processes)
+    else:
+        text = train(*ARGS, *args, "--output", output, processes=processes)
+        assert f"16 images an update, {processes} process(es)" in text
+    assert largest_difference(output, alone) < 1e-4
+    assert rates(output) == rates(alone)
+    assert rates(output)[0] > 0
+
+
+def test_batch_norm_over_processes(tmp_path):
+    # a small rate: the kinks of 20 steps multiply float32's rounding; float64 below does without this
+    args = (*ARGS, "--sync-bn", "--lr", 0.002)
+    train(*args, "--batch-size", 16, "--output", tmp_path / "alone")
+    train(*args, "--batch-size", 8, "--output", tmp_path / "two", processes=2)
+    assert largest_difference(tmp_path / "two", tmp_path / "alone", buffers=False) < 1e-4
+    assert rates(tmp_path / "two") == rates(tmp_path / "alone")
+
+
+def train_synchronized(rank, name, port):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    reference = timm.create_model(name, num_classes=4).double().train()
+    torch.manual_seed(0)
+    model = synchronize(timm.create_model(name, num_classes=4).double().train(), torch.device("cpu"))
+    model = nn.parallel.DistributedDataParallel(model)
+    images, labels = torch.randn(8, 3, 64, 64, dtype=torch.float64), torch.randint(4, (8,))
+    part = slice(4 * rank, 4 * rank + 4)
+    for each, x, y in ((reference, images, labels), (model, images[part], labels[part])):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.02, momentum=0.9)
+        for _ in range(20):
+            nn.functional.cross_entropy(each(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for ours, theirs in zip(model.module.state_dict().values(), reference.state_dict().values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    dist.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])  # torch's batch norm, and timm's
+def test_batch_norm_over_processes_is_exact_in_float64(name):
+    mp.spawn(train_synchronized, (name, free_port()), nprocs=2)
+
+
+def test_two_machines(alone, tmp_path):
+    config, output, port = EXAMPLES / "configs" / "multi_node.yaml", tmp_path / "run", free_port()
+    machines = []
+    for rank in range(2):
+        words = [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2,
+            "--machine_rank", rank, "--main_process_ip", "127.0.0.1", "--main_process_port", port,
+            "--mixed_precision", "no", EXAMPLES / "train.py", *SMALL, *ARGS, "--freeze-bn", "--output", output,
+        ]
+        machines.append(subprocess.Popen(
+            list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT))
+    texts = [machine.communicate(timeout=200)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(texts)
+    assert "16 images an update, 2 process(es)" in "\n".join(texts)
+    assert largest_difference(output, alone) < 1e-4
+
+
+def test_fsdp_trains_to_the_same_weights_and_resumes(alone, tmp_path):
+    config, output = EXAMPLES / "configs" / "fsdp.yaml", tmp_path / "run"
+    words = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2,
+        "--mixed_precision", "no", Path(__file__).with_name("fsdp_on_cpu.py"), EXAMPLES / "train.py",
+        *SMALL, *ARGS, "--freeze-bn", "--output", output,
+    ]
+    words = list(map(str, words))
+    assert "16 images an update, 2 process(es)" in run(words)
+    assert largest_difference(output, alone) < 1e-4
+    for path in (output / "checkpoints" / "update-20").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    text = run([*words, "--resume"])
+    assert "Resumed from" in text
+    assert "after 1 epochs and 10 updates" in text
+    assert largest_difference(output, alone) < 1e-4
+    assert "leave it out" in run([*words[:-1], str(tmp_path / "other"), "--model-ema"], ok=False)
+
+
+def test_two_processes_train_every_parameter_and_count_every_image_once(tmp_path):
+    # 48 images: 43 to train on, 5 to validate on and 12 to test on, none of which two processes share evenly
+    recipe = ["--preset", "original", "--model-ema", "--epochs", 1, "--batch-size", 4]
+    text = train(*recipe, "--output", tmp_path / "run", processes=2)
+    assert "8 images an update, 2 process(es)" in text
+    assert text.count("epoch 1/1  loss") == 2  # live and averaged, each once
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    shares = [float(value) for name, value in row.items() if name.startswith("val_")]
+    assert len(shares) == 8
+    assert all(abs(share * 5 / 100 - round(share * 5 / 100)) < 1e-9 for share in shares)
