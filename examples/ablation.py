@@ -2,8 +2,8 @@
 
     python examples/ablation.py --output output/ablation --seeds 0 1 2 -- --dataset cub --data-dir CUB_200_2011
 
-What follows `--` are flags of train.py, the same for every row. Read it top to bottom: rows, arguments, one run, the
-table, main.
+What follows `--` are flags of train.py, the same for every row. Read it top to bottom: rows, arguments, one run, main.
+The table that it writes is made by ablation_table.py.
 
 Rows are tuned for the same number of backbone passes: a step of the full model passes O, D and C, one of the plain
 backbone passes O alone, which so trains three times the epochs; schedules stretch with the epochs. Each row is tested
@@ -13,13 +13,10 @@ one where no images are held out; the test split chooses nothing.
 """
 
 import argparse
-import csv
-import io
 import json
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -27,19 +24,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from ablation_table import print_table, read_figures, replace_text, summarise_runs, write_table
 from arguments import FREE_TO_CHANGE
 from arguments import parse_args as parse_train_args
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 from tqdm import tqdm
 
 import s3n_timm
-from s3n_timm.evaluation import bootstrap_difference
 from s3n_timm.model import PRESETS
-
-EXAMPLES = Path(__file__).parent
 
 # rows
 
@@ -95,29 +86,24 @@ OF_ROWS = ("--output", "--resume", "--seed", "--plain", "--branches", "--attenti
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        usage="%(prog)s [options] -- [flags of train.py, for every row]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage, layout = "%(prog)s [options] -- [flags of train.py, for every row]", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, usage=usage, formatter_class=layout)
     parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="folder of all runs and the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW", help=str([*ROWS]))
-    parser.add_argument("--launch", type=shlex.split, metavar="COMMAND", default=[sys.executable],
-                        help='what runs the scripts, e.g. "accelerate launch"; default: this Python')
+    parser.add_argument("--launch", type=shlex.split, metavar="WORDS", help='"accelerate launch" and such in place of python')
     parser.add_argument("--keep-going", action="store_true", help="run the others after a run that fails")
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
     args.flags = list(argv[end + 1:])
     for flag in args.flags:
-        if flag.partition("=")[0] in OF_ROWS:
+        if flag.startswith("--") and any(own.startswith(flag.partition("=")[0]) for own in OF_ROWS):
             parser.error(f"{flag} is not for all rows: this script sets {', '.join(OF_ROWS)} itself.")
-    shared = parse_train_args([*args.flags, "--output", str(args.output / "any"), "--resume"])
-    if shared.patience:
+    args.shared = parse_train_args([*args.flags, "--output", str(args.output / "any"), "--resume"])
+    if args.shared.patience:
         parser.error("--patience would end rows after different numbers of passes: leave it out.")
-    if {"partition_train", "partition_eval"} & shared.model_kwargs.keys():
+    if {"partition_train", "partition_eval"} & args.shared.model_kwargs.keys():
         parser.error("--model-kwargs sets the partition, which the rows of table 4 compare: leave it out.")
-    args.shared = shared
     return args
 
 
@@ -173,7 +159,7 @@ class Run(NamedTuple):
 
 
 class RunError(Exception):
-    """A process failed; the message says where it wrote why."""
+    """A process did not come to its end; the message says where it wrote why."""
 
 
 def plan_run(name: str, seed: int, args: argparse.Namespace) -> Run:
@@ -184,20 +170,16 @@ def plan_run(name: str, seed: int, args: argparse.Namespace) -> Run:
     kind = "best" if settled.val_fraction or settled.val_split else "last"
     settings = {key: value for key, value in vars(settled).items() if key not in FREE}
     settings |= dict(launch=args.launch, weights=kind, s3n_timm=s3n_timm.__version__)
-    return Run(
-        name,
-        seed,
-        folder,
-        train=[*args.launch, str(EXAMPLES / "train.py"), *flags],
-        evaluate=[*args.launch, str(EXAMPLES / "evaluate.py"), str(folder / kind), *create_evaluate_flags(settled),
-                  "--output", str(folder / "evaluation")],
-        settings=json.loads(json.dumps(settings, default=str)),
-    )
+    launch, examples = args.launch or [sys.executable], Path(__file__).parent
+    train = [*launch, str(examples / "train.py"), *flags]
+    evaluate = [*launch, str(examples / "evaluate.py"), str(folder / kind), *create_evaluate_flags(settled)]
+    evaluate += ["--output", str(folder / "evaluation")]
+    return Run(name, seed, folder, train, evaluate, json.loads(json.dumps(settings, default=str)))
 
 
 def read_record(run: Run) -> dict[str, Any]:
     path = run.folder / "command.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(settings={}, seconds=0.0)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(settings={}, seconds=0)
 
 
 def is_done(run: Run) -> bool:
@@ -205,27 +187,24 @@ def is_done(run: Run) -> bool:
     return all(path.is_file() for path in files) and read_record(run)["settings"] == run.settings
 
 
-def find_difference(run: Run) -> str | None:
-    """Say how a folder that holds training differs from what this command asks for."""
+def refuse_difference(run: Run) -> None:
+    """End with a sentence where a folder holds training that this command does not ask for."""
     if not any((run.folder / name).exists() for name in ("checkpoints", "last", "evaluation")):
-        return None
+        return
     then, now = read_record(run)["settings"], run.settings
-    if not then:
-        return f"{run.folder} holds a run that this script did not begin: choose another --output."
     differing = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
                  for key in (*now, *(then.keys() - now)) if then.get(key) != now.get(key)]
-    if not differing:
-        return None
-    return f"{run.folder} was begun otherwise ({'; '.join(differing)}): choose another --output or delete that folder."
+    if differing:
+        why = "; ".join(differing) if then else "by no command of this script"
+        sys.exit(f"ablation.py: {run.folder} was begun otherwise ({why}): choose another --output or delete it.")
 
 
 def call(command: list[str], run: Run, tick: Callable[[float], None]) -> None:
     """Run a process with its output in the run's log; `tick` hears now and then how many seconds it took so far."""
     path, started = run.folder / "log.txt", time.monotonic()
     environment = dict(PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8", TQDM_MININTERVAL="30", COLUMNS="120")
-    with path.open("ab") as log:
+    with path.open("ab", buffering=0) as log:
         log.write(f"\n$ {shlex.join(command)}\n".encode())
-        log.flush()
         begin = log.tell()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment)
         try:
@@ -241,7 +220,7 @@ def call(command: list[str], run: Run, tick: Callable[[float], None]) -> None:
             tick(time.monotonic() - started)
     if process.returncode:
         said = path.read_bytes()[begin:].decode(errors="replace").replace("\r", "\n").splitlines()
-        lines = "\n".join(f"  {line}" for line in [line for line in said if line.strip()][-12:])
+        lines = "\n".join([f"  {line}" for line in said if line.strip()][-12:])
         raise RunError(f"{run} failed with exit status {process.returncode}; the end of {path}:\n{lines}")
 
 
@@ -252,7 +231,7 @@ def execute(run: Run) -> None:
 
     def record(seconds: float) -> None:
         content = dict(seconds=before + seconds, train=run.train, evaluate=run.evaluate, settings=run.settings)
-        write(run.folder / "command.json", json.dumps(content, indent=1))
+        replace_text(run.folder / "command.json", json.dumps(content, indent=1))
 
     record(0.0)
     results = run.folder / "results.json"  # the last thing that train.py writes
@@ -263,63 +242,53 @@ def execute(run: Run) -> None:
     call(run.evaluate, run, lambda seconds: None)
 
 
-# the table
+# main
 
 
-def tabulate(plan: dict[str, list[Run]], epochs: int) -> list[dict[str, Any]]:
+def tabulate(plan: dict[str, list[Run]]) -> list[dict[str, Any]]:
     """A dict for each row that has a finished run."""
-    done = {name: [run for run in runs if is_done(run)] for name, runs in plan.items()}
+    done = {name: {run.seed: run.folder for run in runs if is_done(run)} for name, runs in plan.items()}
     table = []
     for name, row in ROWS.items():
-        runs, passes = done.get(trained_as(name), []), count_passes(row.options)
-        if not runs:
-            continue
-        figures = [read_figures(run) for run in runs]
-        own_epochs = scale_epochs(epochs, passes)
-        table.append(dict(
-            row._asdict(), row=name, run=trained_as(name), passes_a_step=passes, epochs=own_epochs,
-            passes=passes * own_epochs, seeds=[run.seed for run in runs],
-            figures={key: spread([each[key] for each in figures]) for key in figures[0]},
-            difference=None if row.options.get("plain") else compare(runs, done.get("plain", [])),
-        ))
+        trained, passes = trained_as(name), count_passes(row.options)
+        if done[trained]:
+            epochs = plan[trained][0].settings["epochs"]
+            budget = dict(run=trained, passes_a_step=passes, epochs=epochs, passes=passes * epochs)
+            figures = summarise_runs(done[trained], {} if trained == "plain" else done["plain"])
+            table.append(dict(row=name, **row._asdict(), **budget, **figures))
     return table
-
-
-# main
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda number, _: sys.exit(128 + number))
     # every row is in the table once it is there; those that are asked for are run
     plan = {name: [plan_run(name, seed, args) for seed in dict.fromkeys(args.seeds)]
             for name in dict.fromkeys(map(trained_as, ROWS))}
     asked = [name for name in plan if name in map(trained_as, args.rows)]
     runs = [run for of_seed in zip(*(plan[name] for name in asked)) for run in of_seed]
-    for difference in filter(None, map(find_difference, runs)):
-        sys.exit(f"ablation.py: {difference}")
+    for run in runs:  # before the first of them takes hours
+        refuse_difference(run)
 
     failures = []
-    bar = tqdm(runs, desc="runs")
-    for run in bar:
-        bar.set_postfix_str(str(run))
-        if is_done(run):
-            tqdm.write(f"{run}: done before")
-            continue
-        try:
-            execute(run)
-            write_table(tabulate(plan, args.shared.epochs), args.output)
-        except RunError as error:
-            failures.append(run)
-            tqdm.write(f"ablation.py: {error}")
-            if not args.keep_going:
-                break
-            continue
-        figures = read_figures(run)
-        tqdm.write(f"{run}: top-1 {figures['joint']:.1f} %, {figures['seconds']:.0f} s of training")
-    bar.close()
-    rows = tabulate(plan, args.shared.epochs)
-    if rows:
+    with tqdm(runs, desc="runs") as bar:
+        for run in bar:
+            bar.set_postfix_str(str(run))
+            try:
+                state = "done before" if is_done(run) else "done"
+                if state == "done":
+                    execute(run)
+            except RunError as error:
+                failures.append(run)
+                tqdm.write(f"ablation.py: {error}")
+                if not args.keep_going:
+                    break
+                continue
+            write_table(tabulate(plan), args.output)
+            figures = read_figures(run.folder)
+            tqdm.write(f"{run}: {state}, top-1 {figures['joint']:.1f} %, {figures['seconds']:.0f} s of training")
+    if rows := tabulate(plan):
         write_table(rows, args.output)
         print_table(rows)
     if failures:

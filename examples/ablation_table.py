@@ -24,37 +24,41 @@ FIGURES = dict(
     localisation=("localisation", "joint", "accuracy"),
     hit_rate=("hits", "rate"),
 )
-NOTE = (
-    "Top-1 in %, on the test split; mean ± sample standard deviation over seeds. − plain: joint top-1 less that of the "
-    "plain backbone of the same seed. 95 %: paired bootstrap interval of that difference, the images of all seeds taken "
-    "as so many images. paper: its figures for CUB-200-2011, ResNet-50, 448 px. s: wall-clock seconds of training."
-)
 HEADER = ("table", "row", "paper", "passes × epochs", "seeds", "joint", "O", "D", "C", "paper loc. %", "loc. %",
           "hits %", "s", "− plain", "95 %")
+NOTE = (
+    "Top-1 in % on the test split, mean ± sample standard deviation over seeds. − plain: joint top-1 less that of the "
+    "plain backbone of the same seed, in percentage points. 95 %: paired bootstrap interval of that difference, the "
+    "answers of all seeds taken as if each had images of its own, so a little narrow. paper: its own figures, for "
+    "CUB-200-2011, ResNet-50, 448 px. s: wall-clock seconds of train.py, with its start and its own tests."
+)
+
+# figures of runs
 
 
-def read_figures(run: Run) -> dict[str, float | None]:
-    measures = json.loads((run.folder / "evaluation" / "results.json").read_text(encoding="utf-8"))["measures"]
+def read_figures(folder: Path) -> dict[str, float | None]:
+    """Figures of a run; None for those of branches, peaks or maps that it does not have."""
+    measures = json.loads((folder / "evaluation" / "results.json").read_text(encoding="utf-8"))["measures"]
     figures: dict[str, float | None] = {}
     for name, path in FIGURES.items():
         value = measures
         for key in path:
-            value = value.get(key) if value else None  # the row has no such branch, peaks or maps
+            value = value.get(key) if value else None
         figures[name] = value
-    return dict(figures, seconds=read_record(run)["seconds"])
+    return dict(figures, seconds=json.loads((folder / "command.json").read_text(encoding="utf-8"))["seconds"])
 
 
-def read_correct(run: Run) -> tuple[list[tuple[str, str]], Tensor]:
+def read_correct(folder: Path) -> tuple[list[tuple[str, str]], Tensor]:
     """Index and label of every test image, and whether the joint prediction is right."""
-    with (run.folder / "evaluation" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+    with (folder / "evaluation" / "predictions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [(row["index"], row["label"]) for row in rows], torch.tensor([row["correct_joint"] == "1" for row in rows])
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean and sample standard deviation; None for what a row lacks, or for the deviation of one seed."""
+    """Mean and sample standard deviation; None for what a run lacks, and for the deviation of one seed."""
     known = [value for value in values if value is not None]
-    whole = bool(known) and len(known) == len(values)
+    whole = len(known) == len(values)
     return dict(
         mean=statistics.fmean(known) if whole else None,
         sd=statistics.stdev(known) if whole and len(known) > 1 else None,
@@ -62,21 +66,49 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
     )
 
 
-def compare(runs: list[Run], baselines: list[Run]) -> dict[str, Any] | None:
-    """Differences of top-1 seed by seed, in percentage points, and the pooled interval of the same images' answers."""
-    by_seed = {run.seed: run for run in baselines}
-    pairs = [(run, by_seed[run.seed]) for run in runs if run.seed in by_seed]
-    if not pairs:
+def compare(folders: Mapping[int, Path], baselines: Mapping[int, Path]) -> dict[str, Any] | None:
+    """Differences of joint top-1 in percentage points seed by seed, and an interval from the answers of all of them.
+
+    Args:
+        folders: of a row's runs, by seed.
+        baselines: of the runs that they are compared with, by seed; seeds that one side lacks are left out.
+
+    Returns:
+        What `spread` says of the differences, with their `seeds` and the `interval`; None without a common seed.
+
+    Raises:
+        SystemExit: two runs of a seed were not tested on the same images in one order.
+    """
+    seeds = [seed for seed in folders if seed in baselines]
+    if not seeds:
         return None
-    differences, answers = [], []
-    for run, baseline in pairs:
-        (images, ours), (same, theirs) = read_correct(run), read_correct(baseline)
+    differences, ours, theirs = [], [], []
+    for seed in seeds:
+        (images, right), (same, baseline) = read_correct(folders[seed]), read_correct(baselines[seed])
         if images != same:
-            raise RunError(f"{run.folder} and {baseline.folder} were not tested on the same images in one order.")
-        answers.append((ours, theirs))
-        differences.append(100 * (ours.double().mean() - theirs.double().mean()).item())
-    low, high = bootstrap_difference(*(torch.cat(each) for each in zip(*answers)))
-    return dict(spread(differences), seeds=[run.seed for run, _ in pairs], interval=[100 * low, 100 * high])
+            sys.exit(f"ablation.py: {folders[seed]} and {baselines[seed]} were tested on other images: delete one.")
+        differences.append(100 * (right.double().mean() - baseline.double().mean()).item())
+        ours.append(right)
+        theirs.append(baseline)
+    interval = bootstrap_difference(torch.cat(ours), torch.cat(theirs))
+    return dict(spread(differences), seeds=seeds, interval=[100 * end for end in interval])
+
+
+def summarise_runs(folders: Mapping[int, Path], baselines: Mapping[int, Path]) -> dict[str, Any]:
+    """The figures of a row's runs, by seed, and how it compares."""
+    each = [read_figures(folder) for folder in folders.values()]
+    figures = {name: spread([of_run[name] for of_run in each]) for name in each[0]}
+    return dict(seeds=list(folders), figures=figures, difference=compare(folders, baselines))
+
+
+# files and print
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is either the old or the new one, whenever this process ends."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def format_row(row: dict[str, Any]) -> list[str]:
@@ -96,7 +128,7 @@ def format_row(row: dict[str, Any]) -> list[str]:
 
 def write_table(rows: list[dict[str, Any]], output: Path) -> None:
     """table.json with all figures, table.csv with one column a figure, table.md to read."""
-    write(output / "table.json", json.dumps(dict(note=NOTE, rows=rows), indent=1, ensure_ascii=False))
+    replace_text(output / "table.json", json.dumps(dict(note=NOTE, rows=rows), indent=1, ensure_ascii=False))
 
     lines = []
     for row in rows:
@@ -110,11 +142,11 @@ def write_table(rows: list[dict[str, Any]], output: Path) -> None:
     writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    write(output / "table.csv", text.getvalue())
+    replace_text(output / "table.csv", text.getvalue())
 
     aligned = ["---", "---", *["---:"] * (len(HEADER) - 2)]
     cells = [HEADER, aligned, *map(format_row, rows)]
-    write(output / "table.md", "\n".join(f"| {' | '.join(line)} |" for line in cells) + f"\n\n{NOTE}\n")
+    replace_text(output / "table.md", "\n".join(f"| {' | '.join(line)} |" for line in cells) + f"\n\n{NOTE}\n")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

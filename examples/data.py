@@ -180,10 +180,9 @@ class TrainLoader:
 
         def passes() -> Iterator[dict[str, Tensor]]:
             for number in itertools.count():
-                # each pass has an order of its own, the later ones of an epoch far from those of other epochs
-                self.split.set_epoch(epoch + number * self.args.epochs)
                 rows = self.split.map(transform_row, with_indices=True, fn_kwargs=dict(number=number))
-                rows = rows.with_format("torch")
+                # each pass has an order of its own, the later ones of an epoch far from those of other epochs
+                rows.set_epoch(epoch + number * self.args.epochs)
                 loader = DataLoader(rows, self.args.batch_size, num_workers=self.args.workers, drop_last=True)
                 seen = 0
                 for seen, batch in enumerate(loader, 1):  # noqa: B007
@@ -206,5 +205,5 @@ def create_eval_loader(split: Any, transform: Transform, args: argparse.Namespac
     if isinstance(split, datasets.Dataset):
         images = images.with_transform(transform_batch)
     else:
-        images = images.map(transform_batch, batched=True, batch_size=args.batch_size).with_format("torch")
+        images = images.map(transform_batch, batched=True, batch_size=args.batch_size)
     return accelerator.prepare(DataLoader(images, args.batch_size, num_workers=args.workers))

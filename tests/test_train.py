@@ -1,55 +1,28 @@
 """examples/train.py as its users run it: real processes, a small network, few drawn birds."""
 
+import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from scripts import EXAMPLES, largest_difference, train, weights
 
 import s3n_timm
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
-SMALL = [
-    "--backbone", "test_resnet", "--num-images", "48", "--num-classes", "4", "--img-size", "64", "--batch-size", "8",
-    "--workers", "0", "--lr", "0.02", "--cpu-threads", "1",
-]
-
-
-ENVIRONMENT = os.environ | {
-    "ACCELERATE_USE_CPU": "true",
-    "PYTHONIOENCODING": "utf-8",
-    "PYTHONUNBUFFERED": "1",
-}
-
-
-def command(*args: object, processes: int = 1) -> list[str]:
-    launch = [sys.executable, str(SCRIPT)]
-    if processes > 1:
-        launch = [
-            sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-            "--main_process_port", "0", str(SCRIPT),
-        ]
-    return [*launch, *map(str, args)]
-
-
-def train(*args: object, processes: int = 1, ok: bool = True) -> str:
-    run = subprocess.run(
-        command(*args, processes=processes), capture_output=True, text=True, timeout=300, env=ENVIRONMENT
-    )
-    assert (run.returncode == 0) == ok, run.stdout + run.stderr
-    return run.stdout + run.stderr
+sys.path.insert(0, str(EXAMPLES))
+from arguments import RECIPES, parse_args
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     output = tmp_path_factory.mktemp("train") / "run"
-    return output, train(*SMALL, "--epochs", 2, "--model-ema", "--output", output)
+    return output, train("--epochs", 2, "--model-ema", "--output", output)
 
 
 def test_run_leaves_weights_results_and_a_table(trained):
@@ -73,35 +46,145 @@ def test_weights_load_as_a_timm_model(trained, kind):
     assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
 
 
+def rows(output):
+    with (output / "summary.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_summary_has_a_row_an_epoch_with_live_and_averaged_weights(trained):
+    output, text = trained
+    summary = rows(output)
+    assert [row["epoch"] for row in summary] == ["1", "2"]
+    for row in summary:
+        assert f"loss {float(row['loss']):.3f}" in text
+        for branch in s3n_timm.S3NLogits._fields:
+            assert {f"val_{branch}", f"val_{branch}_ema"} <= row.keys()
+    assert text.count("averaged weights joint") == 2
+    for part in ("loss=", "lr=", "it/s", "<"):  # the bar: loss, rate, pace and time left
+        assert part in text
+
+
+def test_averaged_weights_are_kept_beside_the_live_ones(trained):
+    live, averaged = weights(trained[0]), weights(trained[0], "ema")
+    assert any(not torch.equal(live[name], averaged[name]) for name in live)
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(trained, tmp_path):
+    train("--epochs", 2, "--model-ema", "--workers", 2, "--output", tmp_path / "same")
+    assert all(torch.equal(a, b) for a, b in zip(weights(trained[0]).values(), weights(tmp_path / "same").values()))
+    train("--epochs", 2, "--seed", 7, "--output", tmp_path / "other")
+    ours, theirs = weights(trained[0]), weights(tmp_path / "other")
+    assert not torch.equal(ours["fusion.weight"], theirs["fusion.weight"])
+
+
 @pytest.mark.parametrize(
-    "extra",
-    [["--model-ema"], ["--recipe", "original", "--no-pretrained", "--grad-accum-steps", 2]],
-    ids=["ema", "original"],
+    "args",
+    [
+        ["--mixed-precision", "bf16"],
+        ["--mixup", 0.4, "--cutmix", 1, "--reprob", 0.5, "--color-jitter", 0.3],
+        ["--layer-decay", 0.5, "--opt", "adamw", "--lr", 0.001],
+        ["--balanced", "--smoothing", 0.1, "--no-channels-last"],
+        ["--attention", "saliency", "--branches", "O+D", "--grad-checkpointing"],
+    ],
+    ids=lambda args: args[0].lstrip("-"),
 )
-def test_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, extra):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    args = [*SMALL, *extra, "--epochs", 3]
-    train(*args, "--output", whole)
-    with subprocess.Popen(
-        command(*args, "--output", cut), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT
-    ) as run:
-        assert run.stdout is not None
-        assert any(line.startswith("epoch 2/3") for line in run.stdout)
-        run.kill()  # while it saves the second epoch, or soon after
-    assert not (cut / "results.json").exists()
-    assert "Resumed from" in train(*args, "--output", cut, "--resume")
-    ours, theirs = (load_file(folder / "last" / "model.safetensors") for folder in (cut, whole))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+def test_option_trains(trained, tmp_path, args):
+    train("--epochs", 1, *args, "--output", tmp_path / "run")
+    (row,) = rows(tmp_path / "run")
+    assert 0 < float(row["loss"]) < 8
+    assert row["loss"] != rows(trained[0])[0]["loss"]  # the option did something
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
-def test_two_processes_train_every_parameter_and_count_every_image_once(tmp_path):
-    # 48 images: 43 to train on, 5 to validate on and 12 to test on, none of which two processes share evenly
-    recipe = ["--recipe", "original", "--no-pretrained", "--model-ema", "--epochs", 1, "--batch-size", 4]
-    text = train(*SMALL, *recipe, "--output", tmp_path / "run", processes=2)
-    assert text.count("epoch 1/1  loss") == 1
-    results = json.loads((tmp_path / "run" / "results.json").read_text())["test_top1"]["last"]
-    assert all(abs(value * 12 / 100 - round(value * 12 / 100)) < 1e-3 for value in results.values())
+def test_compiled_training_ends_at_the_eager_weights(tmp_path):
+    args = ("--epochs", 2, "--freeze-bn", "--model-ema")
+    train(*args, "--output", tmp_path / "eager")
+    train(*args, "--torchcompile", "aot_eager", "--output", tmp_path / "run")
+    for kind in ("last", "ema"):
+        assert largest_difference(tmp_path / "run", tmp_path / "eager", kind=kind) < 1e-4
+
+
+def test_frozen_epochs_leave_the_backbone_as_it_was(tmp_path):
+    train("--epochs", 2, "--freeze-epochs", 1, "--checkpoint-hist", 9, "--output", tmp_path / "run")
+    first, second = (load_file(tmp_path / "run" / "checkpoints" / f"update-{n}" / "model.safetensors") for n in (5, 10))
+    train("--epochs", 1, "--freeze-epochs", 1, "--lr", 1e-30, "--output", tmp_path / "start")
+    start = weights(tmp_path / "start")
+    frozen = [name for name in start if name.startswith("backbone.") and not name.startswith("backbone.fc")]
+    assert all(torch.equal(first[name], start[name]) for name in frozen)
+    assert not torch.equal(first["fusion.weight"], start["fusion.weight"])
+    assert not torch.equal(first["backbone.fc.weight"], start["backbone.fc.weight"])
+    assert not torch.equal(second["backbone.conv1.0.weight"], start["backbone.conv1.0.weight"])
+
+
+def test_layer_decay_slows_lower_layers(tmp_path):
+    train("--epochs", 1, "--layer-decay", 1e-6, "--output", tmp_path / "run")
+    train("--epochs", 1, "--lr", 1e-30, "--warmup-epochs", 0, "--output", tmp_path / "start")
+    ours, start = weights(tmp_path / "run"), weights(tmp_path / "start")
+    moved = {name: (ours[name] - start[name]).abs().max() for name in ("backbone.conv1.0.weight", "fusion.weight")}
+    assert moved["backbone.conv1.0.weight"] < 1e-6 < moved["fusion.weight"]
+
+
+def test_stops_early_when_no_epoch_is_better(tmp_path):
+    text = train("--epochs", 9, "--patience", 2, "--lr", 1e-12, "--output", tmp_path / "run")
+    assert "No better epoch for 2: stopped early after 3 epochs" in text
+    assert len(rows(tmp_path / "run")) == 3
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_trackers_are_told(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train("--epochs", 1, "--log-with", "tensorboard", "--output", tmp_path / "run")
+    (folder,) = {path.parent for path in (tmp_path / "run").rglob("events.out*") if path.parent.name == "s3n_timm"}
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    assert {"loss", "lr", "val_joint"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("lr")][:5] == [1, 2, 3, 4, 5]
+
+
+def test_plain_backbone_is_trained_as_a_baseline(tmp_path):
+    text = train("--plain", "--epochs", 1, "--model-ema", "--output", tmp_path / "run")
+    assert "plain on test_resnet" in text
+    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'best'}", pretrained=True).eval()
+    assert not isinstance(model, s3n_timm.S3N)
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 4)
+    assert json.loads((tmp_path / "run" / "best" / "config.json").read_text())["label_names"]
+
+
+def test_recipes_are_the_paper_s_and_the_original_s():
+    for name in ("cub", "aircraft", "cars"):
+        for preset in s3n_timm.model.PRESETS:
+            args = parse_args(["--dataset", name, "--preset", preset])
+            assert (args.backbone, args.img_size, args.batch_size, args.epochs) == ("resnet50", 448, 16, 60)
+            assert (args.opt, args.momentum, args.weight_decay, args.lr) == ("sgd", 0.9, 1e-4, 0.01)
+            assert args.lr * args.backbone_lr_scale == pytest.approx(0.001)
+            assert args.pretrained
+            assert args.val_fraction == 0
+            assert args.scale == [0.5, 1.0]
+            assert round(448 / args.crop_pct) == 600
+            assert args.crop_mode == "squash"
+            if preset == "original":
+                assert args.lr * args.beta_lr_scale == pytest.approx(1e-7)
+                assert (args.sched, args.decay_milestones) == ("multistep", [40])
+                assert args.smoothing == s3n_timm.S3NLoss.ORIGINAL
+            else:
+                assert (args.sched, args.smoothing, args.beta_lr_scale) == ("constant", 0, 1)
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"birds", "cub", "aircraft", "cars", "own"}
+
+
+def test_every_line_of_a_recipe_names_its_source():
+    for name in ("cub", "aircraft", "cars"):
+        for line in (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+            if line.startswith("  "):
+                assert "#" in line, line
+
+
+def test_recipe_of_one_s_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    recipe = yaml.safe_load((RECIPES / "birds.yaml").read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump(dict(shared=recipe["shared"] | dict(epochs=77))))
+    assert parse_args(["--recipe", str(path)]).epochs == 77
+    path.write_text(yaml.safe_dump(dict(shared=recipe["shared"] | dict(epoch=77))))
+    text = train("--recipe", path, "--output", tmp_path / "run", ok=False)
+    assert "sets 'epoch', which is no flag of this script" in text
 
 
 def write_folder(root: Path, broken: str | None = None) -> Path:
@@ -109,7 +192,7 @@ def write_folder(root: Path, broken: str | None = None) -> Path:
         for name in ("a", "b"):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                color = (i * 40, 100, 200 if name == "a" else 0)
+                color = (i * 40, 100 if split == "train" else 50, 200 if name == "a" else 0)
                 Image.new("RGB", (80, 70), color).save(root / split / name / f"{i}.png")
     if broken is not None:
         (root / broken).write_bytes(b"not an image")
@@ -119,7 +202,7 @@ def write_folder(root: Path, broken: str | None = None) -> Path:
 def test_image_folder(tmp_path):
     data = write_folder(tmp_path / "data")
     args = ["--dataset", "folder", "--data-dir", data, "--recipe", "birds", "--val-fraction", 0.2, "--epochs", 1]
-    assert "2 classes" in train(*SMALL, *args, "--output", tmp_path / "run")
+    assert "2 classes" in train(*args, "--batch-size", 4, "--output", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -134,22 +217,41 @@ def test_image_folder(tmp_path):
         (["--backbone", "vgg11"], "vgg11's head mixes positions"),
         (["--backbone", "nonsense"], "nonsense"),
         (["--model-kwargs", '{"window": 4}'], "window must be a positive odd number"),
-        (["--resume", "/nowhere"], "--resume /nowhere is not a checkpoint"),
+        (["--resume", "/nowhere"], "--resume /nowhere is refused: it has no readable manifest.json"),
+        (["--batch-size", "64"], "An update reads 64 images"),
+        (["--mixed-precision", "fp16"], "fp16 needs a GPU"),
+        (["--log-with", "nonsense"], "--log-with nonsense needs that tracker's package"),
+        (["--sched", "plateau"], "--sched plateau does not step by updates"),
+        (["--patience", "2", "--val-fraction", "0"], "--patience needs validation images"),
+        (["--mixup", "0.2", "--batch-size", "7"], "--batch-size must be even"),
+        (["--streaming"], "--streaming reads --dataset hub:NAME"),
+        (["--val-split", "validation"], "--val-split names a split of the Hub"),
+        (["--plain", "--branches", "O"], "--plain has no branches"),
+        (["--recipe", "nonsense"], "--recipe nonsense is neither a file nor"),
         (["--lr", "1e30"], "The loss became"),
     ],
 )
 def test_bad_arguments_end_in_one_sentence(tmp_path, args, message):
-    text = train(*SMALL, "--epochs", 1, *args, "--output", tmp_path / "run", ok=False)
+    text = train("--epochs", 1, *args, "--output", tmp_path / "run", ok=False)
     assert message in text
     assert "Traceback" not in text
 
 
 def test_an_unreadable_image_is_named_before_the_first_step(tmp_path):
     data = write_folder(tmp_path / "data", broken="train/a/broken.png")
-    text = train(*SMALL, "--dataset", "folder", "--data-dir", data, "--output", tmp_path / "run", ok=False)
+    text = train("--dataset", "folder", "--data-dir", data, "--output", tmp_path / "run", ok=False)
     assert "broken.png cannot be read as an image" in text
     assert "Traceback" not in text
 
 
+def test_an_image_of_two_splits_is_named_before_the_first_step(tmp_path):
+    data = write_folder(tmp_path / "data")
+    (data / "test" / "b" / "0.png").write_bytes((data / "train" / "a" / "3.png").read_bytes())
+    args = ("--dataset", "folder", "--data-dir", data, "--recipe", "birds", "--val-fraction", 0.2)
+    text = train(*args, "--output", tmp_path / "run", ok=False)
+    assert "test/b/0.png has the same content as" in text
+    assert "Traceback" not in text
+
+
 def test_a_full_output_folder_is_not_overwritten(trained):
-    assert "is not empty" in train(*SMALL, "--output", trained[0], ok=False)
+    assert "is not empty" in train("--output", trained[0], ok=False)
