@@ -91,7 +91,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="folder of all runs and the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW", help=str([*ROWS]))
-    parser.add_argument("--launch", type=shlex.split, metavar="WORDS", help='"accelerate launch" and such in place of python')
+    parser.add_argument("--launch", type=shlex.split, metavar="WORDS", help='"accelerate launch", in place of python')
     parser.add_argument("--keep-going", action="store_true", help="run the others after a run that fails")
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])

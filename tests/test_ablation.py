@@ -1,6 +1,8 @@
 """examples/ablation.py: real processes on few drawn birds, quick stand-ins for them, and figures by hand."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import signal
@@ -54,11 +56,14 @@ def script():
     return ablation
 
 
-@pytest.fixture
-def main(script, monkeypatch):
-    """main() in this process, which keeps its own answers to signals."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    return lambda *args: script.main([str(arg) for arg in args])
+@pytest.fixture(scope="module")
+def main(script):
+    """main() in this process, which keeps its own answers to signals; what it calls are processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield lambda *args: script.main([str(arg) for arg in args])
 
 
 @pytest.fixture
@@ -92,21 +97,18 @@ def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.glob("*/seed-*/**/*") if path.is_file()}
 
 
-def ablate(output, *args, flags=FLAGS, ok=True):
-    return run(command("ablation.py", "--output", output, *args, "--", *flags), ok)
-
-
 # real processes
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, main):
     """Plain and full with one seed; then plain with two, which leaves what is there alone."""
     output = tmp_path_factory.mktemp("ablation")
-    text = ablate(output, "--rows", "plain", "sparse", "--seeds", 0)
+    text = run(command("ablation.py", "--output", output, "--rows", "plain", "sparse", "--seeds", 0, "--", *FLAGS))
     before = times(output)
-    more = ablate(output, "--rows", "plain", "--seeds", 0, 1)
-    return output, text, more, before
+    with contextlib.redirect_stdout(io.StringIO()) as more:
+        main("--output", output, "--rows", "plain", "--seeds", 0, 1, "--", *FLAGS)
+    return output, text, more.getvalue(), before
 
 
 def test_table_holds_the_figures_of_the_runs(trained):
@@ -169,7 +171,7 @@ def test_what_is_done_is_not_run_again(trained, main, capsys):
     assert "plain, seed 0: done before" in more
     assert "plain, seed 1: done," in more
     # what does not change a figure may differ
-    main("--output", output, "--rows", "plain", "--seeds", 1, 0, "--", *FLAGS, "--workers", "1", "--no-verify")
+    main("--output", output, "--rows", "plain", "--seeds", 0, 1, "--", *FLAGS, "--workers", "1", "--no-verify")
     assert times(output) == now
     assert capsys.readouterr().out.count("done before") == 2
 
@@ -186,7 +188,7 @@ def test_a_changed_flag_is_refused_by_name(trained, main):
     assert not (output / "O+D").exists(), "nothing is begun before all is looked at"
 
 
-def test_a_killed_command_ends_as_an_uninterrupted_one_does(trained, tmp_path):
+def test_a_killed_command_ends_as_an_uninterrupted_one_does(trained, main, tmp_path):
     whole, cut = (output / "plain" / "seed-0" for output in (trained[0], tmp_path))
     args = ("--output", tmp_path, "--rows", "plain", "--seeds", 0, "--", *FLAGS)
     with subprocess.Popen(command("ablation.py", *args), env=ENVIRONMENT, start_new_session=True) as process:
@@ -197,7 +199,7 @@ def test_a_killed_command_ends_as_an_uninterrupted_one_does(trained, tmp_path):
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
     assert not (cut / "results.json").exists()
-    run(command("ablation.py", *args))
+    main(*args)
     log = (cut / "log.txt").read_text(encoding="utf-8")
     assert "Resumed from" in log
     assert log.count("$ ") == 3
@@ -209,8 +211,10 @@ def test_a_killed_command_ends_as_an_uninterrupted_one_does(trained, tmp_path):
     assert all(figures[name]["values"][0] == full[name]["values"][0] for name in figures if name != "seconds")
 
 
-def test_a_failing_run_is_reported_with_its_log(tmp_path):
-    text = ablate(tmp_path, "--rows", "plain", "--seeds", 0, flags=[*FLAGS, "--lr", "1e30"], ok=False)
+def test_a_failing_run_is_reported_with_its_log(main, tmp_path, capsys):
+    args = ("--output", tmp_path, "--rows", "plain", "--seeds", 0, "--", *FLAGS, "--lr", "1e30")
+    assert "failed: plain, seed 0." in stopped(main, *args)
+    text = capsys.readouterr().out
     assert f"plain, seed 0 failed with exit status 1; the end of {tmp_path / 'plain' / 'seed-0' / 'log.txt'}:" in text
     assert "The loss became" in text
     assert "Traceback" not in text
@@ -394,17 +398,18 @@ def test_further_arguments_are_merged(script):
     flags = [*FLAGS, "--model-kwargs", '{"grid_size": 21}']
     for name, more in (("O+D", {}), ("random", dict(partition_train="random", partition_eval="random"))):
         assert plan(script, *flags, name=name).settings["model_kwargs"] == dict(grid_size=21, **more)
-    other = [*FLAGS, "--backbone", "resnet18"]  # whose arguments the recipe does not know
-    assert plan(script, *other, name="all").settings["model_kwargs"] == dict(partition_train="all", partition_eval="all")
+    other = plan(script, *FLAGS, "--backbone", "resnet18", name="all")  # whose arguments the recipe does not know
+    assert other.settings["model_kwargs"] == dict(partition_train="all", partition_eval="all")
 
 
 def test_schedules_stretch_with_the_epochs(script):
     flags = ["--dataset", "cub", "--preset", "original", "--warmup-epochs", 3, "--freeze-epochs", 1]
     flags += ["--decay-milestones", 30, 45]
     expected = {"plain": (180, 9, 3, [90, 135]), "O+D": (90, 5, 2, [45, 68]), "D+C": (60, 3, 1, [30, 45])}
+    keys = ("epochs", "warmup_epochs", "freeze_epochs", "decay_milestones")
     for name, figures in expected.items():
         settings = plan(script, *flags, name=name).settings
-        assert tuple(settings[key] for key in ("epochs", "warmup_epochs", "freeze_epochs", "decay_milestones")) == figures
+        assert tuple(settings[key] for key in keys) == figures
         warmup = settings["model_kwargs"].get("partition_warmup_epochs")
         assert warmup == {"plain": None, "O+D": 32, "D+C": 21}[name]
 
