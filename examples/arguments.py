@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ RECIPES = Path(__file__).parent / "recipes"
 
 # what may differ between a run and the one that goes on from its checkpoint
 FREE_TO_CHANGE = frozenset((
-    "output", "resume", "epochs", "patience", "workers", "verify", "cpu_threads", "data_dir", "pretrained_path",
-    "checkpoint_every", "checkpoint_hist", "log_with", "batch_size", "grad_accum_steps",
+    "output", "resume", "recipe", "epochs", "patience", "workers", "verify", "cpu_threads", "data_dir", "pretrained_path",
+    "checkpoint_every", "checkpoint_hist", "log_with", "batch_size", "grad_accum_steps",  # their product must stay
 ))
 
 
@@ -51,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     model = parser.add_argument_group("model")
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    model.add_argument("--recipe", help=f"{', '.join(names)} or a file; default: the data set's, else own")
+    model.add_argument("--recipe", help=f"paper, original, {', '.join(names)} or a file; default: the data set's")
     model.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="of the model and of the recipe")
     model.add_argument("--backbone", help="any timm model with global average pooling and one classifier")
     model.add_argument("--plain", action="store_true", help="train the backbone alone, a baseline")
@@ -97,6 +98,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--cpu-threads", type=int, help="per process, on a CPU; default: all cores, shared evenly")
 
     first = parser.parse_args(argv)
+    if first.recipe in PRESETS:  # the data set's recipe in that version
+        parser.set_defaults(preset=first.recipe)
+        first = parser.parse_args([*(sys.argv[1:] if argv is None else argv), "--recipe", ""])
     recipe = _read_recipe(first, parser)
     if first.backbone not in (None, recipe["backbone"]):
         recipe.pop("model_kwargs", None)  # meant for the recipe's own backbone

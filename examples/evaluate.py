@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from launching import start_all_processes
+from launching import exiting_on, start_all_processes, use_cpu_threads
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -376,22 +375,12 @@ def report(results: dict[str, Any], records: dict[str, Tensor], names: list[str]
 # main
 
 
-@contextmanager
-def exiting_on(*kinds: type[Exception]) -> Iterator[None]:
-    """End with the message alone of errors that the user can mend; all others keep their traceback."""
-    try:
-        yield
-    except kinds as error:
-        sys.exit(f"evaluate.py: {error}")
-
-
 def main() -> None:
     args = parse_args()
     start_all_processes()
     accelerator = Accelerator()
     set_seed(args.seed, device_specific=True)  # processes that draw a partition draw different ones
-    if accelerator.device.type == "cpu":  # accelerate launch leaves a process one thread unless told of processes
-        torch.set_num_threads(args.cpu_threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    use_cpu_threads(args.cpu_threads, accelerator)
     with exiting_on(ValueError, OSError, ImportError):
         with accelerator.main_process_first():
             model = load_model(args).to(accelerator.device)

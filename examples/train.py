@@ -8,12 +8,8 @@ one epoch, evaluation, what is written, main. Beside it lie its flags (arguments
 import argparse
 import json
 import math
-import os
 import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -24,7 +20,7 @@ from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
 from arguments import parse_args, trajectory
 from checkpoints import Progress, find_checkpoint, replacing, save_checkpoint, write_summary
 from data import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
-from launching import start_all_processes
+from launching import exiting_on, start_all_processes, use_cpu_threads
 from rich.console import Console
 from rich.table import Table
 from sync_bn import synchronize
@@ -271,15 +267,6 @@ def report(loader: Any, kinds: list[str], run: Run) -> None:
 # main
 
 
-@contextmanager
-def exiting_on(*kinds: type[Exception]) -> Iterator[None]:
-    """End with the message alone of errors that the user can mend; all others keep their traceback."""
-    try:
-        yield
-    except kinds as error:
-        sys.exit(f"train.py: {error}")
-
-
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     missing = [name for name in args.log_with if name != "all" and name not in map(str, get_available_trackers())]
     if missing:
@@ -304,8 +291,7 @@ def main() -> None:
     with exiting_on(ValueError):
         accelerator = create_accelerator(args)
     set_seed(args.seed)
-    if accelerator.device.type == "cpu":  # accelerate launch leaves a process one thread unless told of processes
-        torch.set_num_threads(args.cpu_threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    use_cpu_threads(args.cpu_threads, accelerator)
     with exiting_on(ValueError, TypeError, OSError, RuntimeError):
         with accelerator.main_process_first():
             splits = load_splits(args)

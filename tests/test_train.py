@@ -170,6 +170,15 @@ def test_recipes_are_the_paper_s_and_the_original_s():
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {"birds", "cub", "aircraft", "cars", "own"}
 
 
+@pytest.mark.parametrize("dataset", ["cub", "cars", "folder"])
+def test_paper_and_original_are_versions_of_the_data_set_s_recipe(dataset):
+    paper, original = (parse_args(["--dataset", dataset, "--recipe", name]) for name in ("paper", "original"))
+    assert (paper.preset, paper.sched, paper.smoothing) == ("paper", "constant", 0)
+    assert (original.preset, original.sched, original.smoothing) == ("original", "multistep", s3n_timm.S3NLoss.ORIGINAL)
+    assert paper.val_fraction == original.val_fraction == (0.1 if dataset == "folder" else 0)
+    assert parse_args(["--dataset", dataset, "--recipe", "birds", "--epochs", "3"]).epochs == 3
+
+
 def test_every_line_of_a_recipe_names_its_source():
     for name in ("cub", "aircraft", "cars"):
         for line in (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
@@ -208,12 +217,36 @@ def test_image_folder(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--epochs", "0"], "--epochs must be positive, got 0."),
+        (["--clip-grad", "-1"], "--clip-grad must be positive, got -1.0."),
+        (["--val-fraction", "1"], "--val-fraction must lie in [0, 1), got 1.0."),
+        (["--freeze-epochs", "99"], "--freeze-epochs must lie in 0 to --epochs 12, got 99."),
+        (["--pretrained-path", "/nowhere.safetensors"], "--pretrained-path /nowhere.safetensors is not a file."),
+        (["--sched", "plateau"], "--sched plateau does not step by updates"),
+        (["--patience", "2", "--val-fraction", "0"], "--patience needs validation images"),
+        (["--mixup", "0.2", "--batch-size", "7"], "--batch-size must be even, got 7."),
+        (["--streaming"], "--streaming reads --dataset hub:NAME"),
+        (["--dataset", "hub:x", "--streaming", "--val-fraction", "0.1"], "--streaming can't hold images out"),
+        (["--val-split", "validation"], "--val-split names a split of the Hub"),
+        (["--plain", "--branches", "O"], "--plain has no branches"),
+        (["--recipe", "nonsense"], "--recipe nonsense is neither a file nor"),
+        (["--output", str(EXAMPLES)], "is not empty: add --resume to continue"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(args, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(args)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--epochs", "0"], "--epochs must be positive"),
         (["--dataset", "cub", "--data-dir", "/nowhere"], "/nowhere is not a folder"),
         (["--dataset", "cub"], "data_dir must name the folder"),
-        (["--epochs", "0"], "--epochs must be positive"),
-        (["--val-fraction", "1"], "--val-fraction must lie in"),
         (["--val-fraction", "0.01"], "--val-fraction 0.01 cannot be held out"),
-        (["--pretrained-path", "/nowhere.safetensors"], "/nowhere.safetensors is not a file"),
         (["--backbone", "vgg11"], "vgg11's head mixes positions"),
         (["--backbone", "nonsense"], "nonsense"),
         (["--model-kwargs", '{"window": 4}'], "window must be a positive odd number"),
@@ -221,17 +254,10 @@ def test_image_folder(tmp_path):
         (["--batch-size", "64"], "An update reads 64 images"),
         (["--mixed-precision", "fp16"], "fp16 needs a GPU"),
         (["--log-with", "nonsense"], "--log-with nonsense needs that tracker's package"),
-        (["--sched", "plateau"], "--sched plateau does not step by updates"),
-        (["--patience", "2", "--val-fraction", "0"], "--patience needs validation images"),
-        (["--mixup", "0.2", "--batch-size", "7"], "--batch-size must be even"),
-        (["--streaming"], "--streaming reads --dataset hub:NAME"),
-        (["--val-split", "validation"], "--val-split names a split of the Hub"),
-        (["--plain", "--branches", "O"], "--plain has no branches"),
-        (["--recipe", "nonsense"], "--recipe nonsense is neither a file nor"),
         (["--lr", "1e30"], "The loss became"),
     ],
 )
-def test_bad_arguments_end_in_one_sentence(tmp_path, args, message):
+def test_what_cannot_be_trained_ends_in_one_sentence(tmp_path, args, message):
     text = train("--epochs", 1, *args, "--output", tmp_path / "run", ok=False)
     assert message in text
     assert "Traceback" not in text
