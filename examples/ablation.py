@@ -24,9 +24,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ablation_table import print_table, read_figures, replace_text, summarise_runs, write_table
+from ablation_table import print_table, read_figures, summarise_runs, write_table
 from arguments import FREE_TO_CHANGE
 from arguments import parse_args as parse_train_args
+from data import count_test_birds
+from files import replace_text
 from tqdm import tqdm
 
 import s3n_timm
@@ -135,7 +137,7 @@ def create_evaluate_flags(args: argparse.Namespace) -> list[str]:
     flags = ["--dataset", args.dataset, "--split", args.test_split if kind == "hub" else "test"]
     flags += ["--seed", str(args.seed), "--batch-size", str(args.batch_size), "--workers", str(args.workers)]
     if kind == "birds":  # load_splits of data.py draws a quarter as many to test on
-        flags += ["--num-images", str(max(args.num_images // 4, args.num_classes))]
+        flags += ["--num-images", str(count_test_birds(args.num_images, args.num_classes))]
     if kind in ("hub", "parquet"):
         flags += ["--image-column", args.image_column, "--label-column", args.label_column]
     flags += ["--data-dir", str(args.data_dir)] if args.data_dir else []
@@ -264,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda number, _: sys.exit(128 + number))
     # every row is in the table once it is there; those that are asked for are run
-    plan = {name: [plan_run(name, seed, args) for seed in dict.fromkeys(args.seeds)]
+    plan = {name: [plan_run(name, seed, args) for seed in args.seeds]
             for name in dict.fromkeys(map(trained_as, ROWS))}
     asked = [name for name in plan if name in map(trained_as, args.rows)]
     runs = [run for of_seed in zip(*(plan[name] for name in asked)) for run in of_seed]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from files import replace_text
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -102,13 +103,6 @@ def summarise_runs(folders: Mapping[int, Path], baselines: Mapping[int, Path]) -
 
 
 # files and print
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is either the old or the new one, whenever this process ends."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def format_row(row: dict[str, Any]) -> list[str]:

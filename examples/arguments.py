@@ -16,8 +16,8 @@ RECIPES = Path(__file__).parent / "recipes"
 
 # what may differ between a run and the one that goes on from its checkpoint
 FREE_TO_CHANGE = frozenset((
-    "output", "resume", "recipe", "epochs", "patience", "workers", "verify", "cpu_threads", "data_dir", "pretrained_path",
-    "checkpoint_every", "checkpoint_hist", "log_with", "batch_size", "grad_accum_steps",  # their product must stay
+    "output", "resume", "recipe", "epochs", "patience", "workers", "verify", "cpu_threads", "data_dir",
+    "pretrained_path", "checkpoint_every", "checkpoint_hist", "log_with", "batch_size", "grad_accum_steps",
 ))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from files import replace_text
 from timm.utils import ModelEmaV3
 
 MANIFEST = "manifest.json"
@@ -60,9 +61,7 @@ def write_summary(path: Path, history: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(history[-1]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text.getvalue(), encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, text.getvalue())
 
 
 def _digest(path: Path) -> str:

@@ -35,7 +35,7 @@ def load_splits(args: argparse.Namespace) -> dict[str, Any]:
         options.update(streaming=True, verify=False)
     names = (args.train_split, args.test_split) if kind == "hub" else ("train", "test")
     if kind == "birds":
-        counts = (args.num_images, max(args.num_images // 4, args.num_classes))
+        counts = (args.num_images, count_test_birds(args.num_images, args.num_classes))
         splits = [load("birds", split=name, num_images=count, num_classes=args.num_classes, size=args.img_size)
                   for name, count in zip(names, counts)]
     else:
@@ -54,6 +54,11 @@ def load_splits(args: argparse.Namespace) -> dict[str, Any]:
         for other in (val,) if val is test else (val, test):
             check_disjoint(train, other)
     return dict(train=train, val=val, test=test)
+
+
+def count_test_birds(num_images: int, num_classes: int) -> int:
+    """Drawn birds of the test split beside so many for training."""
+    return max(num_images // 4, num_classes)
 
 
 def count_images(split: Any) -> int | None:

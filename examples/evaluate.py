@@ -10,8 +10,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from files import replacing_file
 from launching import exiting_on, start_all_processes, use_cpu_threads
 from rich.console import Console
 from rich.table import Table
@@ -219,27 +219,16 @@ def measure(
 # files
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write to that takes the place of `path` once it is whole."""
-    partial_path = path.with_name(f".{path.name}.partial")
-    yield partial_path
-    os.replace(partial_path, path)
-
-
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(["" if value is None else value for value in row] for row in rows)
-    with replacing(path) as file:
+    with replacing_file(path) as file:
         file.write_text(text.getvalue(), encoding="utf-8")
 
 
 def write_files(output: Path, results: dict[str, Any], records: dict[str, Tensor], names: list[str]) -> None:
-    with replacing(output / "results.json") as file:
-        file.write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
-
     labels, predictions = records["label"], records["prediction_joint"]
     images = torch.bincount(labels, minlength=len(names)).tolist()
     correct = torch.bincount(labels[labels == predictions], minlength=len(names)).tolist()
@@ -267,8 +256,10 @@ def write_files(output: Path, results: dict[str, Any], records: dict[str, Tensor
         rows["hits"] = [hits if boxed else None for hits, boxed in zip(rows["hits"], records["boxed"].tolist())]
     write_csv(output / "predictions.csv", list(rows), zip(*rows.values()))
 
-    with replacing(output / "confusion.png") as file:
+    with replacing_file(output / "confusion.png") as file:
         draw_confusions(labels, predictions, names).savefig(file, format="png", dpi=110)
+    with replacing_file(output / "results.json") as file:  # the last, so that it tells that all is there
+        file.write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
 
 
 # tables

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
 from arguments import parse_args, trajectory
 from checkpoints import Progress, find_checkpoint, replacing, save_checkpoint, write_summary
 from data import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
+from files import replace_text
 from launching import exiting_on, start_all_processes, use_cpu_threads
 from rich.console import Console
 from rich.table import Table
@@ -255,7 +256,7 @@ def report(loader: Any, kinds: list[str], run: Run) -> None:
     if not run.accelerator.is_main_process:
         return
     content = json.dumps(dict(test_top1=results, args=vars(run.args)), default=str)
-    (run.args.output / "results.json").write_text(content, encoding="utf-8")
+    replace_text(run.args.output / "results.json", content)
     table = Table("branch", *results, title="top-1 % on the test split")
     for branch in results["last"]:
         table.add_row(branch, *(f"{result[branch]:.1f}" for result in results.values()))
@@ -361,6 +362,7 @@ def main() -> None:
             accelerator.print(f"Stopped by SIGTERM after {progress.updates} updates, all saved: go on with --resume.")
             accelerator.end_training()
             return
+        set_seed(mix_seeds(args.seed, progress.updates))  # for a partition that draws in eval mode
         top1 = {name: evaluate(each, val_loader, accelerator, desc=watched) for name, each in judged.items()}
         loss = progress.loss / (train_loader.updates_per_epoch * args.grad_accum_steps)
         progress.epoch, progress.loss = epoch + 1, 0.0

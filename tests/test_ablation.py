@@ -71,12 +71,16 @@ def stand_in(tmp_path, main):
     path = tmp_path / "stand_in.py"
     path.write_text(STAND_IN)
     launch = f"{sys.executable} {path}"
-    return lambda *args: main("--output", tmp_path / "out", "--launch", launch, *args, "--", *FLAGS)
+
+    def call(*args, flags=()):
+        main("--output", tmp_path / "out", "--launch", launch, *args, "--", *FLAGS, *flags)
+
+    return call
 
 
-def stopped(call, *args):
+def stopped(call, *args, **options):
     with pytest.raises(SystemExit) as stop:
-        call(*args)
+        call(*args, **options)
     return str(stop.value.code)
 
 
@@ -228,6 +232,7 @@ def test_differences_over_seeds(stand_in, tmp_path, script):
     stand_in("--rows", "plain", "O", "probability", "--seeds", 0, 3, 0)
     rows = read_rows(tmp_path / "out")
     assert rows["plain"]["figures"]["joint"] == dict(mean=43.75, sd=pytest.approx(26.5165), values=[25, 62.5])
+    assert rows["plain"]["difference"] is None
     assert rows["O"]["figures"]["joint"]["values"] == [37.5, 75]
     assert rows["O"]["difference"]["values"] == [12.5, 12.5]
     assert rows["O"]["difference"]["sd"] == 0
@@ -314,18 +319,25 @@ def test_seconds_add_up(stand_in, tmp_path, monkeypatch):
     assert 0 < record["seconds"] < 60
 
 
-def test_a_run_that_learned_nothing_may_change(stand_in, main, tmp_path, monkeypatch):
+def test_a_run_that_learned_nothing_may_change(stand_in, tmp_path, monkeypatch):
     folder = tmp_path / "out" / "plain" / "seed-0"
     monkeypatch.setenv("FAIL_IN", "train.py")
-    args = ("--rows", "plain", "--seeds", 0, "--launch", f"{sys.executable} {tmp_path / 'stand_in.py'}",
-            "--output", tmp_path / "out", "--", *FLAGS)
-    stopped(main, *args)
+    args = ("--rows", "plain", "--seeds", 0)
+    stopped(stand_in, *args)
     monkeypatch.delenv("FAIL_IN")
-    main(*args, "--lr", "0.5")
+    stand_in(*args, flags=["--lr", "0.5"])
     assert read(folder / "command.json")["settings"]["lr"] == 0.5
     # a folder of another hand is nobody's to change
     (folder / "command.json").unlink()
-    assert "begun otherwise (by no command of this script)" in stopped(main, *args)
+    assert "begun otherwise (by no command of this script)" in stopped(stand_in, *args)
+
+
+def test_rows_of_other_settings_are_left_out_of_the_table(stand_in, tmp_path):
+    stand_in("--rows", "plain", "O", "--seeds", 0)
+    stand_in("--rows", "O+D", "--seeds", 0, flags=["--lr", "0.5"])
+    assert set(read_rows(tmp_path / "out")) == {"O+D"}
+    stand_in("--rows", "O", "--seeds", 0)
+    assert set(read_rows(tmp_path / "out")) == {"plain", "O"}, "what is done is there without being asked for"
 
 
 def test_a_signal_reaches_the_run(tmp_path):
@@ -464,6 +476,22 @@ def test_spread_by_hand(script):
     assert spread([1.0, 2.0, 6.0])["sd"] == pytest.approx(statistics.stdev([1, 2, 6]))
     assert spread([4.0]) == dict(mean=4, sd=None, values=[4])
     assert spread([4.0, None]) == dict(mean=None, sd=None, values=[4, None])
+
+
+def test_figures_of_a_run(script, tmp_path):
+    outputs = ("joint", "original", "discriminative", "complementary")
+    measures = dict(
+        accuracy={name: dict(top1=i, top5=90 + i) for i, name in enumerate(outputs)},
+        localisation={"images": 9, **{name: dict(accuracy=10 + i, iou=0.5) for i, name in enumerate(outputs)}},
+        hits=dict(images=9, rate=20, mean=21),
+    )
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "command.json").write_text('{"seconds": 30}')
+    expected = dict(joint=0, O=1, D=2, C=3, localisation=10, hit_rate=20, seconds=30)
+    for lacking in ((), ("localisation",), ("localisation", "hit_rate")):
+        found = {name: value for name, value in measures.items() if name.replace("hits", "hit_rate") not in lacking}
+        (tmp_path / "evaluation" / "results.json").write_text(json.dumps(dict(measures=found)))
+        assert script.read_figures(tmp_path) == expected | dict.fromkeys(lacking)
 
 
 def write_answers(folder, right, labels=None):
