@@ -5,9 +5,10 @@
 
 from .attention import sampling_map
 from .backbone import NoResponseMap
-from .hub import save
+from .hub import push_to_hub, save
 from .loss import S3NLoss
 from .model import S3N, Explanation, S3NLogits
+from .original import load_original_checkpoint
 from .peaks import find_peaks, partition_peaks
 from .registry import VARIANTS
 from .response import class_response_maps, gate_response, normalize_response
@@ -26,8 +27,10 @@ __all__ = [
     "class_response_maps",
     "find_peaks",
     "gate_response",
+    "load_original_checkpoint",
     "normalize_response",
     "partition_peaks",
+    "push_to_hub",
     "resample",
     "sampling_map",
     "save",

@@ -1,15 +1,44 @@
-"""Models to and from folders: safetensors weights beside the config.json that timm rebuilds them from."""
+"""Models to and from folders and the Hugging Face Hub: safetensors beside the config.json that timm rebuilds them from.
 
-from collections.abc import Mapping, Sequence
+`timm.create_model("local-dir:FOLDER", pretrained=True)` and `timm.create_model("hf-hub:USER/NAME", pretrained=True)`
+load what `save` and `push_to_hub` wrote. `load` does the second with every file's hash checked.
+"""
+
+import io
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import timm
+import torch
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from PIL import Image
 from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
 from timm.models import get_model_args
-from timm.models._hub import save_config_for_hf
+from timm.models._hub import hf_split, save_config_for_hf
 from torch import Tensor, nn
 
+from .card import Source, model_card
 from .model import S3N
+
+_logger = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
 def save(
@@ -19,6 +48,7 @@ def save(
         label_names: Sequence[str] | None = None,
         data_config: Mapping[str, Any] | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
+        card: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `model.safetensors` and `config.json`; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
 
@@ -28,29 +58,313 @@ def save(
         label_names: a name for each class, in order.
         data_config: the preprocessing the model was trained with, as `timm.data.resolve_data_config` gives it.
         state_dict: the weights, where the model itself holds but a shard of them.
+        card: writes a model card, `README.md`, as well: the arguments of `s3n_timm.card.model_card` beyond those
+            above, such as `dict(results="evaluation/results.json")`, or `{}`. Its `picture` is the path of a picture,
+            or a `PIL.Image` to be drawn as the model, with all three branches, sees it (needs matplotlib).
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the backbone has no timm name to rebuild it from, or the number of names is not that of classes.
+        ValueError: the backbone has no timm name to rebuild it from, the number of names is not that of classes, or
+            the card can't be written from what it is given. Nothing is written then.
+        OSError: a file can't be read or written.
     """
     args = model.config if isinstance(model, S3N) else get_model_args(model)
     if args.get("backbone", "") is None:
         raise ValueError("This model's backbone is not one of timm's by name, so config.json could not rebuild it.")
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f"label_names has {len(label_names)} names for {model.num_classes} classes.")
+    beside: dict[str, bytes] = {} if card is None else _card_files(model, card, label_names, data_config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = model.state_dict() if state_dict is None else state_dict
     # safetensors wants contiguous tensors, which a model trained in channels-last does not have
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata=dict(format="pt"))
+    save_file(tensors, folder / WEIGHTS, metadata=dict(format="pt"))
     save_config_for_hf(
         model,
-        str(folder / "config.json"),
+        str(folder / CONFIG),
         model_config=None if label_names is None else dict(label_names=list(label_names)),
         model_args=dict(args),
         data_config=None if data_config is None else dict(data_config),
     )
+    for name, content in beside.items():
+        (folder / name).write_bytes(content)
     return folder
+
+
+def _card_files(
+        model: nn.Module,
+        card: Mapping[str, Any],
+        label_names: Sequence[str] | None,
+        data_config: Mapping[str, Any] | None,
+) -> dict[str, bytes]:
+    """The card and its picture, if it has one, by file name."""
+    if label_names is None:
+        label_names = getattr(model, "pretrained_cfg", {}).get("label_names")
+    about = dict(card, label_names=label_names, data_config=data_config)
+    picture = about.pop("picture", None)
+    files = {}
+    if isinstance(picture, Image.Image):
+        files["picture.png"] = _draw(model, picture, label_names, data_config)
+    elif picture is not None:
+        path = Path(picture)
+        if path.suffix.lower() not in PICTURES:
+            raise ValueError(f"picture {path} must end in one of {', '.join(PICTURES)}.")
+        files[f"picture{path.suffix.lower()}"] = path.read_bytes()
+    text = model_card(model, **about, picture=next(iter(files), None)).content
+    return dict(files, **{"README.md": text.encode()})
+
+
+def _draw(
+        model: nn.Module,
+        picture: Image.Image,
+        label_names: Sequence[str] | None,
+        data_config: Mapping[str, Any] | None,
+) -> bytes:
+    """What the model sees in a picture, as PNG."""
+    from .draw import draw_explanation
+
+    if not isinstance(model, S3N):
+        raise ValueError("picture can't be drawn for a plain model, which has no peaks: give a file, or none.")
+    config = resolve_data_config(dict(data_config or {}), model=model)
+    image = create_transform(**config)(picture.convert("RGB"))
+    image = image.to(next(model.parameters()).device)
+    with torch.no_grad():
+        figure = draw_explanation(model, image, config["mean"], config["std"], label_names)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
+
+
+def push_to_hub(
+        model: nn.Module,
+        repo_id: str,
+        *,
+        label_names: Sequence[str] | None = None,
+        data_config: Mapping[str, Any] | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        results: Source | None = None,
+        recipe: Source | None = None,
+        dataset: str | None = None,
+        licence: str = "apache-2.0",
+        picture: str | Path | Image.Image | None = None,
+        limits: Sequence[str] = (),
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Add model",
+) -> str:
+    """Write what `save` writes, with a model card, to a repository on the Hub, in one commit.
+
+    The commit holds all files or is not made; a new repository is left empty then. Files of earlier commits that this
+    one does not write stay.
+
+    Args:
+        model: as for `save`.
+        repo_id: USER/NAME; the repository is made if need be.
+        label_names: as for `save`.
+        data_config: as for `save`.
+        state_dict: as for `save`.
+        results: as for `s3n_timm.card.model_card`.
+        recipe: as for `s3n_timm.card.model_card`.
+        dataset: as for `s3n_timm.card.model_card`.
+        licence: as for `s3n_timm.card.model_card`.
+        picture: as for `save`.
+        limits: as for `s3n_timm.card.model_card`.
+        private: make the repository private; one that exists must be.
+        token: of the Hub; that of `hf auth login` or of the variable HF_TOKEN if left out.
+        revision: branch to commit to, made if need be; `main` if left out.
+        commit_message: first line of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: as for `save`, or `private` is asked of a repository that is public.
+        PermissionError: the token may not write there.
+        ConnectionError: the Hub can't be reached, or the connection broke.
+        OSError: the Hub refused for another reason.
+    """
+    about = dict(results=results, recipe=recipe, dataset=dataset, licence=licence, picture=picture, limits=limits)
+    api = HfApi(token=token, library_name="s3n_timm")
+    # timm's push_to_hf_hub keeps a card that is there, takes no further files and no state_dict, and writes a pickle
+    # unless told otherwise: this commits the very folder that save writes
+    with TemporaryDirectory() as folder:
+        card = dict(about, name=repo_id)
+        save(model, folder, label_names=label_names, data_config=data_config, state_dict=state_dict, card=card)
+        with _one_sentence(f"Pushing to {repo_id}"):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if private and not api.model_info(repo_id).private:
+                raise ValueError(f"{repo_id} exists and is public: make it private first, or push with private=False.")
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+            )
+    return commit.commit_url
+
+
+# from the Hub
+
+
+def download(name: str, *, token: str | None = None, cache_dir: str | Path | None = None) -> Path:
+    """Bring a model from the Hub into the cache and compare every file with the hash that the Hub states for it.
+
+    The Hub's client compares sizes alone, so that bytes which changed on their way, or on the disk, would load. A file
+    that differs is removed from the cache. Files that are there already are checked as well, offline too.
+
+    Args:
+        name: USER/NAME, or USER/NAME@REVISION with a branch, a tag or a commit; `hf-hub:` may precede it.
+        token: of the Hub; that of `hf auth login` or of the variable HF_TOKEN if left out.
+        cache_dir: the cache, if not the client's own.
+
+    Returns:
+        The folder of one commit with `config.json` and `model.safetensors`.
+
+    Raises:
+        ValueError: `name` is no such name.
+        PermissionError: the repository does not exist, or the token may not read it; the Hub does not tell which.
+        FileNotFoundError: the revision or a file does not exist, or, offline, is not in the cache.
+        ConnectionError: the Hub can't be reached, or the connection broke.
+        OSError: a file came down short or with another hash, or the Hub refused for another reason.
+    """
+    if name.count("@") > 1:
+        raise ValueError(f"{name!r} must be USER/NAME or USER/NAME@REVISION.")
+    repo_id, revision = hf_split(name.removeprefix("hf-hub:"))
+    options: dict[str, Any] = dict(token=token, cache_dir=cache_dir, library_name="s3n_timm")
+    with _one_sentence(f"Loading {name}"):
+        config = Path(hf_hub_download(repo_id, CONFIG, revision=revision, **options))
+        commit = config.parent.name  # so that both files are of one commit
+        weights = Path(hf_hub_download(repo_id, WEIGHTS, revision=commit, **options))
+        for path in (config, weights):
+            _verify(path, repo_id, commit, token)
+    return config.parent
+
+
+def load(name: str, *, token: str | None = None, cache_dir: str | Path | None = None, **kwargs: Any) -> nn.Module:
+    """Load a model from the Hub like `timm.create_model("hf-hub:USER/NAME", pretrained=True)`, its files verified.
+
+    Args:
+        name: as for `download`.
+        token: as for `download`.
+        cache_dir: as for `download`.
+        kwargs: further arguments of `timm.create_model`, such as `num_classes` or `in_chans`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: as for `download`.
+        OSError: as for `download`.
+    """
+    folder = download(name, token=token, cache_dir=cache_dir)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+
+
+def verified_cfg(pretrained_cfg: Any, cache_dir: str | Path | None = None) -> Any:
+    """Point the config of a model on the Hub to its verified files.
+
+    Args:
+        pretrained_cfg: what `timm.create_model` hands to a model's entry point.
+        cache_dir: as for `download`.
+
+    Returns:
+        For weights that `hf-hub:` names, a config that loads them from the cache's folder; else what was given.
+
+    Raises:
+        OSError: as for `download`.
+    """
+    if not isinstance(pretrained_cfg, Mapping) or pretrained_cfg.get("source") != "hf-hub":
+        return pretrained_cfg
+    folder = download(pretrained_cfg["hf_hub_id"], cache_dir=cache_dir)
+    return dict(pretrained_cfg, source="local-dir", file=str(folder))
+
+
+def _verify(path: Path, repo_id: str, commit: str, token: str | None) -> None:
+    """Compare a cached file with its hash, and remove it if it differs."""
+    blob = path.resolve()
+    expected: str | None = blob.name  # the cache names a file by the hash that the Hub states: huggingface.co/docs
+    if blob == path.absolute() or path.name == blob.name:  # no link: a file system without them, so ask again
+        try:
+            url = hf_hub_url(repo_id, path.name, revision=commit)
+            expected = get_hf_file_metadata(url, token=token).etag
+        except OfflineModeIsEnabled:
+            _logger.warning("%s of %s can't be verified offline in a cache without links.", path.name, repo_id)
+            return
+    with blob.open("rb") as file:
+        if expected and re.fullmatch("[0-9a-f]{64}", expected):
+            kind, actual = "sha256", sha_fileobj(file).hex()
+        elif expected and re.fullmatch("[0-9a-f]{40}", expected):
+            kind, actual = "git's sha1", git_hash(file.read())
+        else:
+            _logger.warning("%s of %s can't be verified: the server states no hash of it.", path.name, repo_id)
+            return
+    if actual != expected:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise _Damaged(
+            f"{path.name} has another content than the Hub states ({kind} {actual[:12]}… instead of {expected[:12]}…) "
+            "and was removed from the cache: load it again, and if that repeats, the repository itself is damaged."
+        )
+
+
+class _Damaged(OSError):
+    """A file with a wrong hash."""
+
+
+@contextmanager
+def _one_sentence(doing: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into built-in errors of one sentence each."""
+    try:
+        yield
+    except _Damaged as error:
+        raise OSError(f"{doing} failed: {error}") from error
+    except Exception as error:
+        root: BaseException = error
+        # the client wraps what went wrong while it uploads, or while it looks for a file
+        while isinstance(root, (RuntimeError, LocalEntryNotFoundError)) and root.__cause__ is not None:
+            root = root.__cause__
+        kind, reason = _explain(root)
+        if isinstance(error, LocalEntryNotFoundError) and isinstance(root, OfflineModeIsEnabled):
+            kind, reason = _explain(LocalEntryNotFoundError(""))
+        if kind is None:
+            raise
+        raise kind(f"{doing} failed: {reason}.") from error
+
+
+def _explain(error: BaseException) -> tuple[type[OSError] | None, str]:
+    """A built-in error and the reason in words; None for what is not the Hub's."""
+    if isinstance(error, RepositoryNotFoundError):
+        return PermissionError, (
+            "there is no such repository, or it is private and the token in use, if any, may not read it; check the "
+            "name, or log in with `hf auth login`, or give token="
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return FileNotFoundError, "the repository has no such revision; name a branch, a tag or a whole commit"
+    if isinstance(error, OfflineModeIsEnabled):
+        return ConnectionError, "the client is offline; unset HF_HUB_OFFLINE"
+    if isinstance(error, LocalEntryNotFoundError):
+        return FileNotFoundError, "the client is offline and the cache does not hold all of it; go online"
+    if isinstance(error, EntryNotFoundError):
+        return FileNotFoundError, f"the repository lacks {CONFIG} or {WEIGHTS}, which s3n_timm.push_to_hub writes"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        said = " ".join((error.server_message or "").split()).rstrip(".")
+        if status in (401, 403):
+            return PermissionError, (
+                f"the token in use may not do that ({said or status}); log in with `hf auth login` as someone who may, "
+                "or give token="
+            )
+        return OSError, f"the Hub answered with status {status}{f' ({said})' if said else ''}; try again later"
+    # the HTTP library, which has changed with the versions of huggingface_hub
+    if any(kind.__module__.split(".")[0] in ("httpx", "httpx2", "requests") for kind in type(error).__mro__):
+        said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        return ConnectionError, f"the connection to the Hub broke ({said}); try again, nothing half is kept"
+    if isinstance(error, OSError) and error.errno is None and "Consistency check" in str(error):
+        return OSError, "a file came down shorter or longer than the Hub states; try again, nothing half is kept"
+    return None, ""

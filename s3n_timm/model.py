@@ -1,7 +1,9 @@
 """S3N as an `nn.Module` with timm's interface: parameters and wiring around the functions of the method."""
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import timm
@@ -22,7 +24,7 @@ from .backbone import (
 )
 from .peaks import PARTITION_MODES
 from .response import class_response_maps, gate_response, gate_weights, grid_mean
-from .sampling import ATTENTIONS, BRANCHES, SelectiveSample, as_grid, sample_response
+from .sampling import ATTENTIONS, BRANCHES, SelectiveSample, sample_response
 
 # these look at shapes and devices, which FX tracing cannot follow: it takes each as one node
 for _function in (gate_response, gate_weights, grid_mean, sample_response):
@@ -30,6 +32,19 @@ for _function in (gate_response, gate_weights, grid_mean, sample_response):
 
 BRANCH_SETS = ("O", "O+D", "O+C", "D+C", "O+D+C")
 NECKS = ("none", "conv")
+KERNELS = ("gaussian", "learned")
+
+# What arguments may be at most: they come from any config.json, and a wrong one must not fill the memory.
+MAX_GRID = 255  # sparse attention holds G³ numbers for an image: 66 MB here
+MAX_CLASSES = 65_536  # three times ImageNet-21k: the classifiers of a ResNet-50 then take 3.2 GB
+MAX_CHANNELS = 1_024  # of an image; hyperspectral cameras give some hundred
+MAX_BUILT_SIZE = 2_048  # pixels a side that a backbone is built for: a ViT/16 then reads 16,384 tokens
+MAX_EPOCHS = 1_000_000
+# in cells or in units of attention: float32 loses smaller and larger ones, or their squares, to 0 and infinity
+MIN_SCALE, MAX_SCALE = 1e-6, 1e6
+# these are S3N's own to give, or would load weights
+_RESERVED = ("num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path",
+             "cache_dir")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # the paper's text, with `expected` in place of its random partition at inference
@@ -96,6 +111,8 @@ class S3N(nn.Module):
         peak_floor: `"mean"` or `"none"`, see `find_peaks`.
         floor: b, attention far from every peak.
         fwhm: F, full width at half maximum of the kernel k in cells.
+        kernel: `"gaussian"`, or `"learned"` for a (2G-1)×(2G-1) buffer `kernel`: the same Gaussian until a state
+            dict brings a k that training has changed, see `load_original_checkpoint`.
         threshold: δ of the entropy gate in nats.
         topk: classes that count in the gate.
         gate: `"paper"` or `"renormalised"`, see `gate_weights`.
@@ -115,6 +132,7 @@ class S3N(nn.Module):
     fusion: nn.Module
     saliency: nn.Conv2d
     partition_warm: Tensor
+    kernel: Tensor
 
     def __init__(
             self,
@@ -136,6 +154,7 @@ class S3N(nn.Module):
             peak_floor: str = "mean",
             floor: float = 0.09,
             fwhm: float = 13,
+            kernel: str = "gaussian",
             threshold: float = 0.2,
             topk: int = 5,
             gate: str = "paper",
@@ -156,7 +175,7 @@ class S3N(nn.Module):
             gate_scores=gate_scores,
         )
         chosen = {name: PRESETS[preset][name] if value is None else value for name, value in given.items()}
-        grid = as_grid(grid_size)
+        grid = _read_grid(grid_size)
         cells = math.sqrt(grid[0] * grid[1])
         beta_discriminative = math.sqrt(2) * 0.09 * cells if beta_discriminative is None else beta_discriminative
         beta_complementary = math.sqrt(2) * 0.3 * cells if beta_complementary is None else beta_complementary
@@ -168,18 +187,26 @@ class S3N(nn.Module):
         _check_choice("gate", gate, ("paper", "renormalised"))
         _check_choice("gate_scores", chosen["gate_scores"], ("logits", "maps"))
         _check_choice("peak_floor", peak_floor, ("mean", "none"))
-        _check_positive(
-            beta_discriminative=beta_discriminative,
-            beta_complementary=beta_complementary,
-            floor=floor,
-            fwhm=fwhm,
-            topk=topk,
-            in_chans=in_chans,
-        )
-        if window < 1 or window % 2 == 0:
-            raise ValueError(f"window must be a positive odd number of cells, got {window}.")
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be 0 or more, got {num_classes}.")
+        _check_choice("kernel", kernel, KERNELS)
+        _check_number("beta_discriminative", beta_discriminative, MIN_SCALE, MAX_SCALE)
+        _check_number("beta_complementary", beta_complementary, MIN_SCALE, MAX_SCALE)
+        _check_number("floor", floor, MIN_SCALE, MAX_SCALE)
+        _check_number("fwhm", fwhm, MIN_SCALE, MAX_SCALE)
+        _check_number("threshold", threshold, -math.inf, math.inf)
+        _check_number("drop_rate", drop_rate, 0, 1)
+        if drop_path_rate is not None:
+            _check_number("drop_path_rate", drop_path_rate, 0, 1)
+        check_count("partition_warmup_epochs", chosen["partition_warmup_epochs"], 0, MAX_EPOCHS)
+        check_count("topk", topk, 1, MAX_CLASSES)
+        check_count("in_chans", in_chans, 1, MAX_CHANNELS)
+        check_count("num_classes", num_classes, 0, MAX_CLASSES)
+        if not _is_count(window, 1, MAX_GRID) or window % 2 == 0:
+            raise ValueError(
+                f"window must be a positive odd number of cells, at most {MAX_GRID}, got {reprlib.repr(window)}."
+            )
+        if img_size is not None:
+            for side in img_size if isinstance(img_size, (tuple, list)) else (img_size,):
+                check_count("img_size", side, 1, MAX_BUILT_SIZE)
 
         self.in_chans = in_chans
         self.branches = branches
@@ -224,6 +251,8 @@ class S3N(nn.Module):
         if chosen["neck"] == "conv":
             for name in self.warped:
                 self.add_module(f"neck_{name}", _create_neck(self.num_features))
+        if kernel == "learned" and self.warped:
+            self.register_buffer("kernel", gaussian_kernel(grid, fwhm))
         if self.partition_warmup_epochs:
             # finished unless training says otherwise: a model that was never trained here evaluates deterministically
             self.register_buffer("partition_warm", torch.ones((), dtype=torch.bool))
@@ -244,6 +273,7 @@ class S3N(nn.Module):
             peak_floor=peak_floor,
             floor=floor,
             fwhm=fwhm,
+            kernel=kernel,
             threshold=threshold,
             topk=topk,
             gate=gate,
@@ -313,6 +343,7 @@ class S3N(nn.Module):
                 beta_complementary=getattr(self, "beta_complementary", None),
                 attention=self.attention,
                 branches=self.warped,
+                kernel=getattr(self, "kernel", None),
                 **self.sample_options,
             )
 
@@ -441,8 +472,9 @@ class S3N(nn.Module):
             global_pool: `""` with `num_classes=0` gives the unpooled features B×D×h×w; None keeps what there is.
 
         Raises:
-            ValueError: `global_pool` is not `"avg"`, or `""` without classes.
+            ValueError: `num_classes` is out of range, or `global_pool` is not `"avg"`, or `""` without classes.
         """
+        check_count("num_classes", num_classes, 0, MAX_CLASSES)
         if global_pool is None:
             global_pool = "avg" if num_classes else getattr(self, "global_pool", "avg")
         _check_choice("global_pool", global_pool, ("avg",) if num_classes else ("avg", ""))
@@ -529,16 +561,34 @@ def _build_backbone(
         **kwargs: Any,
 ) -> tuple[Backbone, str | None, dict[str, Any]]:
     """The backbone with at least one class, its timm name where it has one, and its further arguments."""
-    if isinstance(backbone, str):
-        model = timm.create_model(
-            backbone,
-            pretrained=False,
-            num_classes=max(num_classes, 1),
-            in_chans=in_chans,
-            **kwargs,
-            **dict(backbone_args or {}),
-        )
-        return model, backbone, dict(backbone_args or {})
+    named = isinstance(backbone, str)
+    if not named and not isinstance(backbone, nn.Module):
+        raise ValueError(f"backbone must be the name of a timm model or a module, got {reprlib.repr(backbone)}.")
+    if backbone_args is not None and not isinstance(backbone_args, Mapping):
+        raise ValueError(f"backbone_args must map names to values, got {reprlib.repr(backbone_args)}.")
+    if named:
+        # a name alone: with timm's prefixes for sources a config.json could reach for other folders and the network
+        if not timm.is_model(backbone):
+            raise ValueError(f"backbone {backbone!r} is not a timm model: see timm.list_models() for the names.")
+        args = dict(backbone_args or {})
+        reserved = [name for name in args if name in _RESERVED]
+        if reserved:
+            raise ValueError(f"backbone_args must not have {', '.join(reserved)}: give it to S3N, or load weights.")
+        try:
+            model = timm.create_model(
+                backbone,
+                pretrained=False,
+                num_classes=max(num_classes, 1),
+                in_chans=in_chans,
+                **kwargs,
+                **args,
+            )
+        except Exception as error:  # timm's constructors hardly check: a wrong argument fails anywhere and anyhow
+            given = {name: value for name, value in {**kwargs, **args}.items() if value is not None}
+            raise ValueError(
+                f"backbone {backbone!r} cannot be built with {reprlib.repr(given)}: {type(error).__name__}: {error}"
+            ) from error
+        return model, backbone, args
     name: str | None = getattr(backbone, "pretrained_cfg", {}).get("architecture")
     if getattr(backbone, "num_classes", None) != num_classes:
         backbone.reset_classifier(max(num_classes, 1))
@@ -566,12 +616,49 @@ def _prefixed(names: str | Sequence[str] | None) -> str | tuple[str, ...] | None
     return tuple(f"backbone.{name}" for name in names)
 
 
+def gaussian_kernel(grid: tuple[int, int], fwhm: float) -> Tensor:
+    """The kernel k = exp(-4 ln 2 · d² / F²) of section 6, cut at ±(G - 1) cells.
+
+    Args:
+        grid: (rows, columns) of the sampling grid.
+        fwhm: F in cells.
+
+    Returns:
+        (2·rows - 1)×(2·columns - 1), 1 in the middle.
+    """
+    y, x = (torch.arange(1 - cells, cells).square() for cells in grid)
+    return torch.exp((y[:, None] + x) * (-4 * math.log(2) / fwhm**2))
+
+
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {reprlib.repr(value)}.")
 
 
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    fits = isinstance(value, Real) and not isinstance(value, bool)
+    if not (fits and low <= value <= high):
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {reprlib.repr(value)}.")
+
+
+def _is_count(value: Any, low: int, high: int) -> bool:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and bool(low <= value <= high)
+
+
+def check_count(name: str, value: Any, low: int, high: int) -> None:
+    """Refuse, by a ValueError that names the argument, what is not a whole number from `low` to `high`."""
+    if not _is_count(value, low, high):
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {reprlib.repr(value)}.")
+
+
+def _read_grid(grid_size: Any) -> tuple[int, int]:
+    """Read G, or (rows, columns), as a pair."""
+    pair = (grid_size, grid_size) if isinstance(grid_size, Integral) else grid_size
+    sides = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_count(side, 2, MAX_GRID) for side in pair)
+    if not sides:
+        raise ValueError(
+            f"grid_size must be one number or (rows, columns), each from 2 to {MAX_GRID}, got "
+            f"{reprlib.repr(grid_size)}."
+        )
+    return int(pair[0]), int(pair[1])

@@ -33,6 +33,7 @@ ARGUMENTS = dict(
     peak_floor="none",
     floor=0.2,
     fwhm=7.5,
+    kernel="learned",
     threshold=0.4,
     topk=3,
     gate="renormalised",

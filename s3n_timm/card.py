@@ -1,0 +1,369 @@
+"""Model cards: what a reader must know of published weights, and where each statement comes from."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.data import resolve_data_config
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .model import S3N
+
+PAPER = "https://openaccess.thecvf.com/content_ICCV_2019/html/Ding_Selective_Sparse_Sampling_for_Fine-Grained_Image_Recognition_ICCV_2019_paper.html"
+CITATION = """@inproceedings{ding2019selective,
+  title     = {Selective Sparse Sampling for Fine-Grained Image Recognition},
+  author    = {Ding, Yao and Zhou, Yanzhao and Zhu, Yi and Ye, Qixiang and Jiao, Jianbin},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year      = {2019}
+}"""
+# where a run happened, not what it learnt
+OF_THE_MACHINE = ("output", "resume", "workers", "cpu_threads", "log_with", "checkpoint_every", "checkpoint_hist")
+
+Source = Mapping[str, Any] | str | Path
+
+
+def count_macs(model: nn.Module, input_size: Sequence[int]) -> float:
+    """Multiply-accumulates of one image in eval mode: convolutions and matrix products, all backbone passes.
+
+    Args:
+        model: any model, on any device; its modes are left as they are.
+        input_size: (channels, height, width).
+
+    Returns:
+        A number of operations, half of what `torch.utils.flop_counter` counts.
+    """
+    modes = {module: module.training for module in model.modules()}
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    # fused attention kernels are not counted on every device, the matrix products that they stand for are
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    for module, training in modes.items():
+        module.training = training
+    return counter.get_total_flops() / 2
+
+
+def model_card(
+        model: nn.Module,
+        *,
+        name: str | None = None,
+        label_names: Sequence[str] | None = None,
+        data_config: Mapping[str, Any] | None = None,
+        results: Source | None = None,
+        recipe: Source | None = None,
+        dataset: str | None = None,
+        licence: str = "apache-2.0",
+        picture: str | None = None,
+        limits: Sequence[str] = (),
+) -> ModelCard:
+    """Write the card of a model; what it is not told it says is unknown.
+
+    Args:
+        model: an S3N, or a plain timm model.
+        name: USER/NAME of its repository on the Hub.
+        label_names: a name for each class.
+        data_config: preprocessing, as `timm.data.resolve_data_config` gives it; the model's own if left out.
+        results: what examples/evaluate.py wrote as results.json, or the path of that file.
+        recipe: arguments of the training with its seed, or the path of the results.json of examples/train.py.
+        dataset: what it was trained on, in words; the recipe's `dataset` if left out.
+        licence: of the weights, an identifier that the Hub knows.
+        picture: file name, beside the card, of a picture of what the model sees.
+        limits: further sentences on what the model can't do.
+
+    Returns:
+        The card, Markdown under the metadata that the Hub reads.
+
+    Raises:
+        ValueError: `results` or `recipe` is not such a file, or the results are those of another model.
+        OSError: a file can't be read.
+    """
+    config = resolve_data_config(dict(data_config or {}), model=model)
+    measured = None if results is None else _read_results(results, model)
+    settings = None if recipe is None else _read_recipe(recipe)
+    if dataset is None and settings is not None:
+        dataset = settings.get("dataset")
+    title = name.split("/")[-1] if name else "S3N" if isinstance(model, S3N) else "Plain timm model"
+    hub_data = _hub_names(dataset, settings, measured)
+    metadata = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license=licence,
+        tags=["timm", "image-classification", *(["s3n", "fine-grained"] if isinstance(model, S3N) else [])],
+        datasets=hub_data or None,
+        model_name=title if measured else None,
+        eval_results=_metadata_of_results(measured) if measured else None,
+    )
+    sections = [
+        f"# {title}",
+        _what_it_is(model),
+        _model_table(model, config, label_names),
+        _how_to_load(model, name),
+        _training(dataset, settings),
+        _results(measured),
+        _picture(picture),
+        _limits(model, measured, limits),
+        f"## Licence\n\nWeights: {licence}. The code of s3n_timm: Apache-2.0.",
+    ]
+    if isinstance(model, S3N):
+        sections.append(f"## Citation\n\n```bibtex\n{CITATION}\n```")
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+# what is read
+
+
+def _read(source: Source, what: str) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return dict(source)
+    try:
+        content = json.loads(Path(source).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{what} {source} is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} {source} holds no JSON object.")
+    return content
+
+
+def _read_results(source: Source, model: nn.Module) -> dict[str, Any]:
+    results = _read(source, "results")
+    lacking = [key for key in ("dataset", "split", "images", "units", "model", "measures", "run") if key not in results]
+    if lacking:
+        raise ValueError(f"results lack {', '.join(lacking)}: give the results.json that examples/evaluate.py writes.")
+    found = results["model"]
+    own = dict(num_classes=model.num_classes, parameters=count_parameters(model))
+    for key, value in own.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"results were measured on another model: its {key} is {found.get(key)}, this one's is {value}.")
+    return results
+
+
+def _read_recipe(source: Source) -> dict[str, Any]:
+    recipe = _read(source, "recipe")
+    settings = recipe.get("args", recipe)  # train.py's results.json holds them as args
+    if not isinstance(settings, Mapping) or not settings:
+        raise ValueError("recipe holds no arguments: give those of the training, or the results.json of train.py.")
+    return dict(settings)
+
+
+def _hub_names(dataset: str | None, *sources: Mapping[str, Any] | None) -> list[str]:
+    """Data sets that have a repository on the Hub, which its metadata may name."""
+    names = [dataset, *(source.get("dataset") for source in sources if source)]
+    return sorted({name.removeprefix("hub:") for name in names if isinstance(name, str) and name.startswith("hub:")})
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# sections
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    def line(cells: Sequence[Any]) -> str:
+        # a bar would end the cell, a line break the table
+        return f"| {' | '.join(' '.join(str(cell).replace('|', chr(92) + '|').split()) for cell in cells)} |"
+
+    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "not measured" if value is None else f"{value:.{digits}f}"
+
+
+def _architecture(model: nn.Module) -> str:
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+    return cfg.get("architecture", "unknown")
+
+
+def _what_it_is(model: nn.Module) -> str:
+    if not isinstance(model, S3N):
+        return f"`{_architecture(model)}` of timm, an image classifier, trained with s3n_timm as a plain baseline."
+    return (
+        f"A Selective Sparse Sampling Network (S3N, [Ding et al., ICCV 2019]({PAPER})) for fine-grained image "
+        f"classification on the timm backbone `{model.config['backbone']}`. The local maxima of the backbone's class "
+        "response maps say where the evidence is; the image is warped around them, the same backbone reads the warped "
+        "images too, and a fusion layer decides on the joined features. Made with s3n_timm, an independent "
+        "implementation, not the authors' own."
+    )
+
+
+def _model_table(model: nn.Module, config: Mapping[str, Any], label_names: Sequence[str] | None) -> str:
+    channels, height, width = config["input_size"]
+    macs = count_macs(model, config["input_size"]) / 1e9
+    rows: list[tuple[str, Any]] = [("architecture", f"`{_architecture(model)}`")]
+    if isinstance(model, S3N):
+        passes = 1 + len(model.warped)
+        rows += [
+            ("backbone", f"`{model.config['backbone']}`"),
+            ("branches", f"{model.branches}, {passes} backbone pass{'es' * (passes > 1)}"),
+            ("attention", model.attention),
+            ("preset", model.config["preset"]),
+            ("partition of peaks in eval mode", model.partition_eval),
+        ]
+    names = "named in `config.json`" if label_names else "without names"
+    rows += [
+        ("parameters", f"{count_parameters(model):,}"),
+        ("GMACs", f"{macs:.3g}" if macs < 100 else f"{macs:.0f}"),
+        ("image size", f"{height} × {width} px, {channels} channel{'s' * (channels > 1)}"),
+        ("preprocessing", f"{config['interpolation']}, crop {config['crop_pct']} ({config['crop_mode']}), mean "
+                          f"{_listed(config['mean'])}, std {_listed(config['std'])}"),
+        ("classes", f"{model.num_classes}, {names}" if model.num_classes else "none, it gives features"),
+    ]
+    return (
+        f"## Model\n\n{_table(('', 'value'), rows)}\n\n"
+        "GMACs: 10⁹ multiply-accumulates of one image of that size in eval mode, all backbone passes, counted by "
+        "`torch.utils.flop_counter` (its FLOPs / 2): convolutions and matrix products; element-wise operations, norms "
+        "and the interpolation of the warps are not counted. `config.json` holds every argument of the architecture."
+    )
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _how_to_load(model: nn.Module, name: str | None) -> str:
+    source = f"hf-hub:{name}" if name else "local-dir:FOLDER"
+    verified = "" if name is None else (
+        f'\n\n`s3n_timm.hub.load("{name}")` does the same and checks the hash of what came down; '
+        f'`"{name}@COMMIT"` pins a revision.'
+    )
+    registers = "  # registers the models with timm, which can't load this one without" * isinstance(model, S3N)
+    return (
+        "## How to load\n\n```python\n"
+        f"import s3n_timm{registers}\nimport timm\nimport torch\nfrom PIL import Image\n\n"
+        f'model = timm.create_model("{source}", pretrained=True).eval()\n'
+        "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))\n"
+        'x = transform(Image.open("image.jpg").convert("RGB"))[None]\n'
+        "with torch.inference_mode():\n"
+        "    probability, label = model(x).softmax(1).max(1)\n"
+        'print(model.pretrained_cfg.get("label_names", range(model.num_classes))[label], probability)\n'
+        f"```{verified}"
+    )
+
+
+def _training(dataset: str | None, settings: Mapping[str, Any] | None) -> str:
+    data = f"Data: {dataset.removeprefix('hub:')}." if dataset else "Data: unknown, the author of the card names none."
+    if settings is None:
+        return f"## Data and training\n\n{data} Recipe and seed: unknown, the author of the card gives none."
+    # a False is a switch that is off, a 0 is a value
+    rows = [(f"`{key}`", _setting(value)) for key, value in settings.items()
+            if key not in (*OF_THE_MACHINE, "seed") and value is not None and value is not False
+            and value not in ([], {}, (), "")]
+    seed = settings.get("seed")
+    rows.insert(0, ("seed", "unknown" if seed is None else seed))
+    return (
+        f"## Data and training\n\n{data} Arguments of the training, but those that are off and those that say where "
+        f"it ran; of a path the last part:\n\n{_table(('argument', 'value'), rows)}"
+    )
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, PurePath) or (isinstance(value, str) and PurePath(value).is_absolute()):
+        return PurePath(value).name
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return json.dumps(value, default=str) if isinstance(value, Mapping) else str(value)
+
+
+def _metadata_of_results(results: Mapping[str, Any]) -> list[EvalResult]:
+    joint = results["measures"]["accuracy"]["joint"]
+    dataset = str(results["dataset"])
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset.removeprefix("hub:"),
+            dataset_name=dataset.removeprefix("hub:"),
+            dataset_split=results["split"],
+            metric_type="accuracy",
+            metric_name=f"{title} accuracy, %",
+            metric_value=joint[key],
+        )
+        for key, title in (("top1", "top-1"), ("top5", "top-5"))
+    ]
+
+
+def _results(results: Mapping[str, Any] | None) -> str:
+    if results is None:
+        return "## Results\n\nNot measured: no results of examples/evaluate.py came with the weights."
+    measures, run = results["measures"], results["run"]
+    rows = []
+    for output, figures in measures["accuracy"].items():
+        cells = []
+        for kind in ("top1", "top5"):
+            low, high = figures[f"{kind}_interval"]
+            cells.append(f"{figures[kind]:.1f} ({low:.1f}–{high:.1f})")
+        rows.append((output, *cells))
+    accuracy = _table(("output", "top-1 %", "top-5 %"), rows)
+    more = _table(("measure", "value"), _further_measures(measures))
+    used = results["model"]["preprocessing"]
+    partition = (results["model"].get("s3n") or {}).get("partition")
+    args = run.get("args", {})
+    versions = ", ".join(f"{package} {version}" for package, version in run.get("versions", {}).items())
+    protocol = [
+        f"{str(results['dataset']).removeprefix('hub:')}, split {results['split']}, {results['images']} images, each "
+        "counted once",
+        f"input {' × '.join(map(str, used['input_size'][1:]))} px, {used['interpolation']}, crop {used['crop_pct']} "
+        f"({used['crop_mode']}), one view, no test-time augmentation",
+        *([f"peaks divided by `{partition}`"] if partition else []),
+        f"intervals: 95 %, bootstrap over images, {args.get('bootstrap_samples', 'unknown number of')} samples, seed "
+        f"{args.get('seed', 'unknown')}; they tell nothing of how runs differ by their seeds",
+        f"calibration: {measures['calibration']['method']}",
+        f"units: {results['units']}",
+        f"by examples/evaluate.py on {run.get('device', 'an unknown device')}, {versions or 'unknown versions'}",
+    ]
+    listed = "\n".join(f"- {line}" for line in protocol)
+    return f"## Results\n\n{accuracy}\n\n{more}\n\nProtocol:\n\n{listed}"
+
+
+def _further_measures(measures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    errors = measures["calibration"]
+    rows = [
+        ("negative log likelihood, nats", _number(errors["nll"], 3)),
+        ("the same, calibrated", _number(errors["nll_calibrated"], 3)),
+        ("expected calibration error, %", _number(errors["ece"])),
+        ("the same, calibrated", _number(errors["ece_calibrated"])),
+    ]
+    peaks = measures.get("peaks", {})
+    hits = measures.get("hits", {})
+    located = measures.get("localisation", {}).get("joint", {})
+    rows += [
+        ("peaks per image", _number(peaks.get("mean"))),
+        ("hit rate, % (paper's table 1)", _number(hits.get("rate"))),
+        ("localisation accuracy, IoU ≥ 0.5, maps of all branches, % (table 2)", _number(located.get("accuracy"))),
+    ]
+    for branch, figures in measures.get("magnification", {}).items():
+        for kind, spread in figures.items():
+            rows.append((f"magnification of {kind}, {branch}, × by area, mean", _number(spread["mean"], 2)))
+    return rows
+
+
+def _picture(picture: str | None) -> str:
+    if picture is None:
+        return "## What it sees\n\nNo picture came with the weights; `examples/visualize.py` draws one."
+    return (
+        f"## What it sees\n\n![What the model sees in one image]({picture})\n\n"
+        "One image, chosen by the author of the card; it is no evidence of how the model does on others."
+    )
+
+
+def _limits(model: nn.Module, measured: Mapping[str, Any] | None, further: Sequence[str]) -> str:
+    known = [
+        "It knows its own classes alone and gives one of them to any image, also to one that shows none of them.",
+        "How it does on other data, cameras or places than those of the results above is not known." if measured else
+        "Nothing was measured here: don't rely on it before you have measured it on your own images.",
+    ]
+    if isinstance(model, S3N):
+        passes = 1 + len(model.warped)
+        if passes > 1:
+            known.append(f"It runs the backbone {passes} times: as many times the cost of the plain network.")
+        known += [
+            "Response and peaks show what the network used, which need not be the parts that tell the classes apart.",
+            "Peaks come from a coarse feature map; with small inputs there is little to choose from.",
+        ]
+    return "## Limits\n\n" + "\n".join(f"- {' '.join(line.split())}" for line in [*known, *further])
