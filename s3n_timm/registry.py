@@ -19,6 +19,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cf
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .hub import verified_cfg
 from .model import MAX_CHANNELS, MAX_CLASSES, S3N, check_count
 
 _logger = logging.getLogger(__name__)
@@ -259,6 +260,8 @@ def _create_s3n(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         raise TypeError(f"{variant} has no argument {join_names(unknown)}: see help(s3n_timm.S3N) for those it has.")
     if isinstance(kwargs.get("pretrained_cfg"), Mapping):
         _check_cfg(kwargs["pretrained_cfg"])
+        if pretrained:
+            kwargs["pretrained_cfg"] = verified_cfg(kwargs["pretrained_cfg"], kwargs.get("cache_dir"))
         stated = kwargs["pretrained_cfg"].get("num_classes")
         built = (kwargs.get("pretrained_model_args") or {}).get("num_classes", stated)
         if built != stated:

@@ -426,7 +426,6 @@ def test_timm_alone_refuses_short_weights(hub, stranger, birds, fault, tmp_path)
         assert "said" in stranger.call("pull", "alice/birds", cache_dir=tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="s3n_timm.registry does not pass its config through hub.verified_cfg yet")
 def test_timm_alone_refuses_changed_weights(hub, stranger, offline, birds, tmp_path):
     with hub.faults(spoil_download="model.safetensors"):
         said = stranger.fail("pull", "alice/birds", cache_dir=tmp_path)
