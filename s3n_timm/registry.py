@@ -19,7 +19,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cf
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .hub import verified_cfg
+from .download import verified_cfg
 from .model import MAX_CHANNELS, MAX_CLASSES, S3N, check_count
 
 _logger = logging.getLogger(__name__)

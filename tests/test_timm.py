@@ -166,3 +166,30 @@ def test_feature_modules_exist(name):
     # a level may be called after a part of a module's name, as timm's hooks resolve it
     absent = [info["module"] for info in model.feature_info if info["module"] not in modules]
     assert not absent, f"feature_info names modules that are not there: {absent}"
+
+
+def trace(name, **kwargs):
+    """What timm's FX route makes of a model, asked for the joint logits alone."""
+    model = build(name, **kwargs)
+    return model, timm.models.create_feature_extractor(model, {"fusion": "joint"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_traced_forward(name):
+    model, traced = trace(name)
+    x = image(name)
+    with torch.no_grad():
+        logits = traced.eval()(x)["joint"]
+        torch.testing.assert_close(logits, model.eval()(x))
+    assert logits.shape == (BATCH, 1000)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_traced_backward(name):
+    """A traced model trains: what the joint logits depend on has a gradient, also through the warps."""
+    model, traced = trace(name, num_classes=42)
+    traced.train()(image(name))["joint"].mean().backward()
+    branch_head = f"backbone.{model.head.classifier}."  # the maps that it gives have no gradient
+    without = [key for key, parameter in traced.named_parameters() if parameter.grad is None]
+    assert without == [f"{branch_head}weight", f"{branch_head}bias"]
+    assert all(p.grad.isfinite().all() for p in traced.parameters() if p.grad is not None)

@@ -1,0 +1,509 @@
+"""S3N under torch.compile, torch.export, ONNX Runtime and FX, and examples/export.py as its users run it."""
+
+import copy
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from scripts import EXAMPLES, command, run
+from timm.data import create_transform
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import s3n_timm
+from s3n_timm import S3N, S3NLoss
+from s3n_timm.birds import drawn_birds
+from s3n_timm.sampling import sample_response
+
+onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+pytest.importorskip("onnxscript", reason="the export extra is not installed")
+
+PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "cub50" / "images"
+CLASSES = 7
+SIDE = 160
+SIDES = {  # the smallest inputs with several peaks
+    "resnet50": 160,
+    "tf_efficientnet_lite0": 160,
+    "swin_tiny_patch4_window7_224": 128,
+    "convnext_tiny": 128,
+}
+
+
+def preprocess(images, side):
+    transform = create_transform((3, side, side), crop_pct=1.0, crop_mode="squash", mean=(0.5,) * 3, std=(0.5,) * 3)
+    return torch.stack([transform(image.convert("RGB")) for image in images])
+
+
+def birds(count=5, side=SIDE):
+    return preprocess(drawn_birds("test", count, num_classes=CLASSES, size=128)["image"], side)
+
+
+def photographs(count=5, side=SIDE):
+    if not PHOTOGRAPHS.is_dir():
+        pytest.skip(f"the real photographs are not here: {PHOTOGRAPHS} is absent")
+    paths = sorted(PHOTOGRAPHS.glob("*/*.jpg"))
+    return preprocess([Image.open(path) for path in paths[::len(paths) // count][:count]], side)
+
+
+def build(backbone="test_resnet", **options):
+    """A model whose random weights give logits of about 3 and several peaks: rounding errors show in its logits."""
+    torch.manual_seed(0)
+    model = S3N(backbone, CLASSES, **options).eval()
+    side = SIDES.get(backbone, SIDE)
+    with torch.no_grad():
+        for module in model.modules():  # timm starts the last norm of a residual branch, or its scale, at about 0
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+                module.weight.fill_(0.5)
+            if isinstance(getattr(module, "gamma", None), nn.Parameter):
+                module.gamma.fill_(0.5)
+        nn.init.normal_(model.backbone.get_classifier().weight)
+        nn.init.normal_(model.fusion.weight)
+        nn.init.zeros_(model.fusion.bias)
+        model.fusion.weight.mul_(3 / model(birds(side=side)).std())
+    return model
+
+
+def count_peaks(model, images):
+    return model.explain(images).sample.peaks.sum((1, 2)).tolist()
+
+
+def check_telling(model, images):
+    """What is compared must depend on where the peaks are: several of them, and warps that matter."""
+    sample, logits, _ = model.explain(images)
+    assert sample.peaks.sum((1, 2)).float().mean() >= 2, "these images give hardly a peak"
+    unwarped = model.forward_head(model.forward_features(images))
+    assert (logits.joint - unwarped).abs().max() > 0.01, "the warps hardly change the logits"
+    assert logits.joint.abs().max() > 1
+
+
+# torch.compile
+
+
+@pytest.fixture
+def counter():
+    """A backend that counts the graphs it compiles."""
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+def dynamic(images):
+    images = images.clone()
+    torch._dynamo.mark_dynamic(images, 0)
+    return images
+
+
+@pytest.mark.parametrize("preset", ["paper", "original"])
+def test_forward_and_backward_compile_once(counter, preset):
+    model = build(preset=preset, partition_train="expected", partition_warmup_epochs=0).train()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=counter)
+    for count in (4, 2, 5):
+        images, labels = birds(count), torch.arange(count) % CLASSES
+        outputs, expected = compiled(dynamic(images)), model(images)
+        torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
+        for each in (compiled, model):
+            each.zero_grad()
+        S3NLoss()(outputs, labels).backward()
+        S3NLoss()(expected, labels).backward()
+        # a compiled graph rounds otherwise, which takes a sample over a pixel's border now and then: an input changed
+        # by 1e-7 of itself moves the largest of these gradients by up to 2 %
+        for (name, ours), theirs in zip(model.named_parameters(), compiled.parameters()):
+            assert (theirs.grad - ours.grad).norm() <= 0.1 * ours.grad.norm(), name
+        ours, theirs = (torch.cat([p.grad.flatten() for p in each.parameters()]) for each in (model, compiled))
+        assert (theirs - ours).norm() <= 0.01 * ours.norm()
+        assert counter.frame_count == 1, f"compiled again for a batch of {count}"
+
+
+@pytest.mark.parametrize("mode", ["probability", "random", "all", "extreme"])
+def test_every_partition_compiles_forward_and_backward(counter, mode):
+    model = torch.compile(build(partition_train=mode).train(), fullgraph=True, backend=counter)
+    for count in (4, 3):
+        S3NLoss()(model(dynamic(birds(count))), torch.zeros(count, dtype=torch.long)).backward()
+    assert counter.frame_count == 1
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_number_of_peaks_does_not_recompile(counter):
+    model = build()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    generator = torch.Generator().manual_seed(3)
+    smooth, rough = (torch.randn(3, 3, n, n, generator=generator) for n in (3, SIDE))
+    batches = [birds(3), torch.zeros(3, 3, SIDE, SIDE), nn.functional.interpolate(smooth, SIDE, mode="bicubic"), rough]
+    numbers = [tuple(count_peaks(model, images)) for images in batches]
+    assert len(set(numbers)) == len(batches)
+    assert 0 in numbers[1]
+    with torch.no_grad():
+        for images in batches:
+            torch.testing.assert_close(compiled(dynamic(images)), model(images), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 9])
+def test_sampling_compiles_once_for_any_response(counter, number):
+    options = dict(mode="expected", beta_discriminative=2.0, beta_complementary=6.0)
+    compiled = torch.compile(sample_response, fullgraph=True, backend=counter)
+    image = birds(2)
+    for peaks in (4, number):
+        response = torch.zeros(2, 31, 31)
+        response[:, 2:30:9, 3:30:9].flatten(1)  # places far from each other
+        for i in range(peaks):
+            response[:, 3 + 9 * (i // 3), 4 + 9 * (i % 3)] = 1 - 0.05 * i
+        expected = sample_response(image, response, **options)
+        assert expected.peaks.sum((1, 2)).tolist() == [peaks] * 2
+        torch.testing.assert_close(compiled(image, response, **options), expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+def test_inductor_gives_the_same_logits():
+    model = build()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        try:
+            first = compiled(dynamic(birds(4)))
+        except torch._inductor.exc.InductorError as error:
+            if "compiler" not in str(error).lower():
+                raise
+            pytest.skip("no C++ compiler for inductor")
+        torch.testing.assert_close(first, model(birds(4)), rtol=0, atol=1e-4)
+        torch.testing.assert_close(compiled(dynamic(birds(3))), model(birds(3)), rtol=0, atol=1e-4)
+
+
+# torch.export
+
+
+@pytest.mark.parametrize(("backbone", "preset"), [("test_resnet", "paper"), ("test_resnet", "original"),
+                                                  ("swin_tiny_patch4_window7_224", "paper")])
+def test_exported_program_survives_saving(backbone, preset, tmp_path):
+    side = SIDES.get(backbone, SIDE)
+    model = build(backbone, preset=preset, **(dict(img_size=side) if "swin" in backbone else {}))
+    images = birds(side=side)
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        program = torch.export.export(model, (images[:3],), dynamic_shapes=({0: batch},))
+        torch.export.save(program, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        check_telling(model, images)
+        for count in (1, 2, 5):
+            torch.testing.assert_close(loaded(images[:count]), model(images[:count]), rtol=0, atol=1e-4)
+
+
+# ONNX Runtime
+
+
+def start(path):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
+
+
+@pytest.fixture(scope="module", params=SIDES)
+def exported(request, tmp_path_factory):
+    """A model of each family with its ONNX file."""
+    side = SIDES[request.param]
+    model = build(request.param, **(dict(img_size=side) if "swin" in request.param else {}))
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    torch.onnx.export(
+        model,
+        (birds(3, side),),
+        path,
+        dynamo=True,
+        opset_version=18,
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        verbose=False,
+    )
+    return model, path, side
+
+
+@pytest.mark.parametrize("source", [birds, photographs])
+def test_onnx_runtime_gives_the_same_logits(exported, source):
+    model, path, side = exported
+    images = source(6, side)
+    check_telling(model, images)
+    infer = start(path)
+    with torch.no_grad():
+        for batch in (images[:1], images[1:4], images):
+            difference = (infer(batch) - model(batch)).abs().amax(1)
+            assert (difference <= 1e-4).all(), f"differences by image: {difference.tolist()}"
+
+
+def test_onnx_graph(exported):
+    graph = onnx.load(exported[1])
+    assert next(entry.version for entry in graph.opset_import if entry.domain == "") >= 16
+    for value in (*graph.graph.input, *graph.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param, f"{value.name} has a fixed batch size"
+    operations = [node.op_type for node in graph.graph.node]
+    assert operations.count("GridSample") == 2, "a warp each for D and C"
+
+
+def test_onnx_runtime_finds_the_peaks_of_plateaus(tmp_path):
+    """Of equal values both runtimes take the first as a peak; an image without peaks is not warped."""
+
+    class Peaks(nn.Module):
+        def forward(self, response):
+            return s3n_timm.find_peaks(response)
+
+    response = torch.randint(0, 4, (3, 31, 31), generator=torch.Generator().manual_seed(0)).float()
+    response[2] = 1
+    batch = torch.export.Dim("batch", min=1)
+    arguments = dict(dynamo=True, dynamic_shapes=({0: batch},), input_names=["image"], output_names=["logits"])
+    torch.onnx.export(Peaks().eval(), (response,), tmp_path / "peaks.onnx", verbose=False, **arguments)
+    expected = s3n_timm.find_peaks(response)
+    assert expected.sum((1, 2)).bool().tolist() == [True, True, False]
+    assert torch.equal(start(tmp_path / "peaks.onnx")(response), expected)
+
+
+# FX
+
+
+@pytest.mark.parametrize("backbone", SIDES)
+def test_fx_follows_every_family(backbone):
+    size = dict(img_size=SIDES[backbone]) if "swin" in backbone else {}
+    model = build(backbone, **size)
+    traced = timm.models.create_feature_extractor(model, {"fusion": "joint"})
+    images = birds(2, SIDES[backbone])
+    with torch.no_grad():
+        torch.testing.assert_close(traced(images)["joint"], model(images))
+        torch.testing.assert_close(traced(images[:1])["joint"], model(images[:1]))
+
+
+# the script
+
+
+def export(*args, ok=True):
+    return run(command("export.py", *args, "--cpu-threads", "1"), ok)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "weights"
+    model = build()
+    config = dict(input_size=(3, SIDE, SIDE), crop_pct=1.0, crop_mode="squash", interpolation="bicubic",
+                  mean=(0.4, 0.5, 0.6), std=(0.5, 0.4, 0.3))
+    return s3n_timm.save(model, folder, label_names=[f"kind {i}" for i in range(CLASSES)], data_config=config)
+
+
+@pytest.fixture(scope="module")
+def finished(saved, tmp_path_factory):
+    """What the script printed and wrote, int8 and all."""
+    output = tmp_path_factory.mktemp("exported")
+    text = export(saved, "--output", output, "--num-images", 5, "--batch-sizes", 1, 3, "--repetitions", 2,
+                  "--no-compile", "--int8", "static", "--dataset", "birds", "--num-calibration", 7, "--num-test", 21)
+    return text, output
+
+
+def test_script_compares_every_runtime(finished):
+    text, output = finished
+    result = json.loads((output / "export.json").read_text())
+    runtimes = ["eager", "torch.export", "ONNX Runtime", "ONNX Runtime int8"]
+    compared = [(row["runtime"], row["batch"]) for row in result["rows"]]
+    assert compared == [(name, batch) for batch in (1, 3) for name in runtimes]
+    for row in result["rows"]:
+        assert row["latency_ms"] > 0
+        assert row["difference"] <= 1e-4 or row["runtime"] == "ONNX Runtime int8"
+        assert row["runtime"] in text
+    assert [row["ratio"] for row in result["rows"] if row["runtime"] == "eager"] == [1, 1]
+    assert all(row["difference"] > 0 for row in result["rows"] if row["runtime"] == "ONNX Runtime int8")
+    files = {"export.json", "model.int8.onnx", "model.onnx", "model.pt2", "preprocessing.json"}
+    assert {path.name for path in output.iterdir()} == files, "a partial file is left, or one is missing"
+
+
+def test_exported_files_serve_without_the_script(finished, saved):
+    output = finished[1]
+    model = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
+    preprocessing = json.loads((output / "preprocessing.json").read_text())
+    names = preprocessing.pop("label_names")
+    assert names == [f"kind {i}" for i in range(CLASSES)]
+    assert preprocessing == dict(input_size=[3, SIDE, SIDE], crop_pct=1.0, crop_mode="squash", interpolation="bicubic",
+                                 mean=[0.4, 0.5, 0.6], std=[0.5, 0.4, 0.3])
+    images = birds()
+    program = torch.export.load(output / "model.pt2").module()
+    with torch.no_grad():
+        for infer in (start(output / "model.onnx"), program):
+            torch.testing.assert_close(infer(images), model(images), rtol=0, atol=1e-4)
+
+
+def test_int8_keeps_sampling_in_float32(finished):
+    text, output = finished
+    graph = onnx.load(output / "model.int8.onnx").graph
+    weights = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+
+    def integer(node):
+        image, weight = (makers.get(name) for name in node.input[:2])
+        both = all(maker is not None and maker.op_type == "DequantizeLinear" for maker in (image, weight))
+        return both and weights[weight.input[0]] == 3  # INT8
+
+    kinds = {kind: [integer(node) for node in graph.node if node.op_type == kind]
+             for kind in ("Conv", "Gemm", "MatMul")}
+    assert kinds["Conv"]
+    assert all(kinds["Conv"])
+    # the original's classifier and the fusion layer; the products on the grid are none
+    assert sum(kinds["Gemm"] + kinds["MatMul"]) == 2 < len(kinds["Gemm"] + kinds["MatMul"])
+    assert not any(node.op_type == "BatchNormalization" for node in graph.node)
+    grids = [makers[node.input[1]].op_type for node in graph.node if node.op_type == "GridSample"]
+    assert len(grids) == 2
+    assert "DequantizeLinear" not in grids, "the image, of 8 bits anyway, may be rounded, but not the grid"
+    result = json.loads((output / "export.json").read_text())["int8"]
+    assert result["images"] == 21
+    assert (output / "model.int8.onnx").stat().st_size < 0.75 * (output / "model.onnx").stat().st_size
+    assert "the sampling stage stays in float32" in re.sub(r"\s+", " ", text)
+
+
+def test_int8_accuracy_is_that_of_the_labelled_images(finished, saved):
+    from s3n_timm.datasets import load
+
+    output = finished[1]
+    result = json.loads((output / "export.json").read_text())["int8"]
+    dataset = load("birds", split="test", num_images=21, num_classes=CLASSES).shuffle(seed=0)
+    config = json.loads((output / "preprocessing.json").read_text())
+    config.pop("label_names")
+    transform = create_transform(**config)
+    images = torch.stack([transform(row["image"].convert("RGB")) for row in dataset])
+    for name, file in (("float32", "model.onnx"), ("int8", "model.int8.onnx")):
+        correct = (start(output / file)(images).argmax(1) == torch.tensor(dataset["label"][:])).double().mean().item()
+        assert result[name]["top1"] == pytest.approx(100 * correct)
+        assert result[name]["megabytes"] == pytest.approx((output / file).stat().st_size / 1e6)
+
+
+def test_int8_of_linear_layers(tmp_path):
+    """dynamic: a model of convolutions and linear layers has the linear ones quantised alone."""
+    sys.path.insert(0, str(EXAMPLES))
+    quantization = pytest.importorskip("quantization")
+    model = build("test_convnext")
+    images = birds(3)
+    torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, input_names=["image"],
+                      output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False)
+    sentence = quantization.quantise(tmp_path / "model.onnx", tmp_path / "int8.onnx", "dynamic", None)
+    operations = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]
+    assert "ConvInteger" not in operations
+    done, total = map(int, re.search(r"(\d+) of (\d+) layers", sentence).groups())
+    assert 0 < operations.count("MatMulInteger") == done < total
+    difference = (start(tmp_path / "int8.onnx")(images) - model(images)).abs()
+    assert 0 < difference.median() < 0.1, "peaks of an image may move with a rounded response, not most logits"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_folding_shares_weights_of_both_passes(bias, tmp_path):
+    sys.path.insert(0, str(EXAMPLES))
+    quantization = pytest.importorskip("quantization")
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 5, 3, bias=bias), nn.BatchNorm2d(5, eps=0.1)
+            for tensor in (self.norm.weight, self.norm.bias, self.norm.running_mean, self.norm.running_var):
+                nn.init.uniform_(tensor, 0.5, 2)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)).mean((2, 3)) - self.norm(self.conv(x.flip(3).square())).amax((2, 3))
+
+    torch.manual_seed(0)
+    model, images = Twice().eval(), birds(2)
+    torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, input_names=["image"],
+                      output_names=["logits"], verbose=False)
+    graph = onnx.load(tmp_path / "model.onnx")
+    quantization.fold_batch_norms(graph)
+    onnx.save(graph, tmp_path / "folded.onnx")
+    assert not any(node.op_type == "BatchNormalization" for node in graph.graph.node)
+    assert sum(tuple(tensor.dims) == (5, 3, 3, 3) for tensor in graph.graph.initializer) == 1, "weights stored twice"
+    with torch.no_grad():
+        torch.testing.assert_close(start(tmp_path / "folded.onnx")(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_script_compiles_an_untrained_name(tmp_path):
+    text = export("test_resnet", "--output", tmp_path / "out", "--formats", "pt2", "--num-images", 2,
+                  "--batch-sizes", 2, "--repetitions", 1)
+    assert "untrained" in text
+    rows = json.loads((tmp_path / "out" / "export.json").read_text())["rows"]
+    assert [row["runtime"] for row in rows] == ["eager", "torch.compile", "torch.export"]
+    assert not (tmp_path / "out" / "model.onnx").exists()
+
+
+def test_script_fails_where_a_runtime_differs(saved, tmp_path):
+    text = export(saved, "--output", tmp_path, "--num-images", 3, "--batch-sizes", 3, "--repetitions", 1,
+                  "--no-compile", "--tolerance", "1e-12", "--images", _photograph(tmp_path), ok=False)
+    last = text.strip().splitlines()[-1]
+    assert re.fullmatch(r"export\.py: (ONNX Runtime|torch\.export) differs from eager by .* at batch size 3 \(.*"
+                        r"bird\.png\), more than --tolerance 1e-12\.", last)
+    assert "Traceback" not in text
+
+
+def _photograph(folder):
+    folder = folder / "pictures"
+    folder.mkdir()
+    drawn_birds("test", 1, num_classes=CLASSES, size=128)[0]["image"].save(folder / "bird.png")
+    return folder
+
+
+def test_random_partition_is_refused_or_replaced(tmp_path):
+    folder = s3n_timm.save(build(partition_eval="probability"), tmp_path / "weights",
+                           data_config=dict(input_size=(3, SIDE, SIDE)))
+    arguments = (folder, "--output", tmp_path / "out", "--no-compile", "--num-images", 2, "--batch-sizes", 2,
+                 "--repetitions", 1)
+    text = export(*arguments, ok=False)
+    assert text.strip().splitlines()[-1].startswith("export.py: WEIGHTS")
+    assert "--partition-eval expected" in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "out").exists()
+    export(*arguments, "--formats", "onnx", "--partition-eval", "extreme")
+    expected = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    expected.partition_eval = "extreme"
+    images = birds()
+    with torch.no_grad():
+        torch.testing.assert_close(start(tmp_path / "out" / "model.onnx")(images), expected(images), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nowhere",), "WEIGHTS nowhere is no folder of s3n_timm.save"),
+        (("test_resnet", "--opset", "15"), "--opset must be 16 or later"),
+        (("test_resnet", "--batch-sizes", "0"), "--batch-sizes must be positive"),
+        (("test_resnet", "--int8", "static"), "--int8 and --dataset belong together"),
+        (("test_resnet", "--int8", "static", "--dataset", "birds", "--formats", "pt2"), "add onnx to --formats"),
+        (("test_resnet", "--partition-eval", "all"), "needs a model with peaks"),
+        (("test_resnet", "--images", "absent.jpg"), "absent.jpg"),
+        (("test_resnet", "--images", str(EXAMPLES / "recipes")), "holds no image"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    """In this process: starting one for each would take most of the time."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", ["export.py", *arguments, "--output", str(tmp_path / "out")])
+    script = pytest.importorskip("export")
+    with pytest.raises(SystemExit) as exit_:
+        script.main()
+    said = str(exit_.value.code) + capsys.readouterr().err
+    assert exit_.value.code not in (0, None)
+    assert sentence in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_int8_wants_the_models_classes(saved, tmp_path):
+    for label in ("a", "b"):
+        for split in ("train", "test"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            pixels = np.random.default_rng(len(label + split)).integers(0, 255, (70, 70, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / split / label / "0.png")
+    text = export(saved, "--output", tmp_path / "out", "--int8", "static", "--dataset", "folder", "--data-dir",
+                  tmp_path / "data", "--formats", "onnx", ok=False)
+    assert f"--dataset folder has 2 classes, WEIGHTS {saved} has {CLASSES}." in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript", "rich"])
+def test_missing_packages_are_named(package, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('no', name='{package}')")
+    text = run(command("export.py", "test_resnet", "--output", tmp_path), ok=False, PYTHONPATH=str(tmp_path))
+    assert text.strip().splitlines()[-1] == f'export.py: {package} is missing: pip install -e ".[export]"'
