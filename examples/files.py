@@ -8,7 +8,7 @@ from pathlib import Path
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """A file to write to that takes the place of `path` once it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".partial.{path.name}")  # the suffix stays: some writers look at it
     yield partial
     partial.replace(path)
 
