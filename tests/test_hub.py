@@ -25,6 +25,7 @@ from torch import nn
 import s3n_timm
 from s3n_timm import hub as hub_module
 from s3n_timm.card import count_macs, model_card
+from s3n_timm.download import verified_cfg
 
 LABELS = ["a wren", "a | bar", "schön"]
 DATA = dict(input_size=(3, 64, 64), crop_pct=0.9)
@@ -456,8 +457,8 @@ def test_cache_without_links(hub, start, birds, wanted, tmp_path):
 
 def test_config_for_the_registry():
     kept = dict(source="timm", hf_hub_id="timm/resnet18")
-    assert hub_module.verified_cfg(kept) is kept
-    assert hub_module.verified_cfg(None) is None
+    assert verified_cfg(kept) is kept
+    assert verified_cfg(None) is None
 
 
 def test_clients_at_once(stranger, alice, hub, birds, wanted, tmp_path):
