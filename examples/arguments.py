@@ -18,6 +18,7 @@ RECIPES = Path(__file__).parent / "recipes"
 FREE_TO_CHANGE = frozenset((
     "output", "resume", "recipe", "epochs", "patience", "workers", "verify", "cpu_threads", "data_dir",
     "pretrained_path", "checkpoint_every", "checkpoint_hist", "log_with", "batch_size", "grad_accum_steps",
+    "val_interval",
 ))
 
 
@@ -86,6 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--model-ema", action="store_true", help="average the weights, and evaluate both")
     train.add_argument("--model-ema-decay", type=float, default=0.9998)
     train.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: accelerate launch's")
+    train.add_argument("--val-interval", type=int, default=1, metavar="EPOCHS", help="between two evaluations")
     train.add_argument("--patience", type=int, metavar="EPOCHS", help="stop after so many epochs without a better one")
     train.add_argument("--seed", type=int, default=42)
 
@@ -130,7 +132,7 @@ def _read_recipe(args: argparse.Namespace, parser: argparse.ArgumentParser) -> d
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse what can be refused before anything is read."""
     for name in ("img_size", "batch_size", "epochs", "lr", "grad_accum_steps", "checkpoint_hist", "checkpoint_every",
-                 "patience", "num_images", "shuffle_buffer", "clip_grad", "layer_decay"):
+                 "patience", "val_interval", "num_images", "shuffle_buffer", "clip_grad", "layer_decay"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}.")

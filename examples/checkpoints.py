@@ -58,7 +58,8 @@ def replacing(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
 def write_summary(path: Path, history: list[dict[str, float]]) -> None:
     """A CSV row an epoch, from the run's own state, so that a resumed run repeats none."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[-1]), lineterminator="\n")
+    columns = list(dict.fromkeys(name for row in history for name in row))  # an epoch need not be evaluated
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     replace_text(path, text.getvalue())

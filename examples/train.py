@@ -363,7 +363,8 @@ def main() -> None:
             accelerator.end_training()
             return
         set_seed(mix_seeds(args.seed, progress.updates))  # for a partition that draws in eval mode
-        top1 = {name: evaluate(each, val_loader, accelerator, desc=watched) for name, each in judged.items()}
+        due = progress.epoch + 1 == args.epochs or (progress.epoch + 1) % args.val_interval == 0
+        top1 = {name: evaluate(each, val_loader, accelerator, desc=watched) for name, each in judged.items() if due}
         loss = progress.loss / (train_loader.updates_per_epoch * args.grad_accum_steps)
         progress.epoch, progress.loss = epoch + 1, 0.0
         row: dict[str, float] = dict(epoch=progress.epoch, loss=loss, lr=optimizer.param_groups[-1]["lr"])
@@ -374,11 +375,10 @@ def main() -> None:
                               f"({time.monotonic() - started:.0f} s)")
             row |= {f"{watched}_{branch}{'' if name == 'live' else '_ema'}": v for branch, v in figures.items()}
         progress.history.append(row)
-        best = max(judged, key=lambda name: top1[name]["joint"])
-        better = top1[best]["joint"] > progress.best
-        if watched == "test":  # no epoch is chosen on the test split
-            best, better = "live", True
-        if better:
+        best = max(top1, key=lambda name: top1[name]["joint"], default=None)
+        if best is not None and watched == "test":  # no epoch is chosen on the test split
+            best, progress.best = "live", -1.0
+        if best is not None and top1[best]["joint"] > progress.best:
             progress.best, progress.best_epoch = top1[best]["joint"], progress.epoch
             run.export(judged[best], "best")
         run.export(model, "last")

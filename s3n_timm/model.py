@@ -22,22 +22,26 @@ from .backbone import (
     hidden_maps,
     inspect_head,
 )
+from .norm import announce, split_statistics
 from .peaks import PARTITION_MODES
 from .response import class_response_maps, gate_response, gate_weights, grid_mean
 from .sampling import ATTENTIONS, BRANCHES, SelectiveSample, sample_response
+from .zoom import scan
 
 # these look at shapes and devices, which FX tracing cannot follow: it takes each as one node
-for _function in (gate_response, gate_weights, grid_mean, sample_response):
+for _function in (gate_response, gate_weights, grid_mean, sample_response, scan):
     register_notrace_function(_function)
 
 BRANCH_SETS = ("O", "O+D", "O+C", "D+C", "O+D+C")
 NECKS = ("none", "conv")
 KERNELS = ("gaussian", "learned")
+ANSWERS = ("joint", "mean")
 
 # What arguments may be at most: they come from any config.json, and a wrong one must not fill the memory.
 MAX_GRID = 255  # sparse attention holds G³ numbers for an image: 66 MB here
 MAX_CLASSES = 65_536  # three times ImageNet-21k: the classifiers of a ResNet-50 then take 3.2 GB
 MAX_CHANNELS = 1_024  # of an image; hyperspectral cameras give some hundred
+MAX_SIDE = 65_536  # pixels of an image that is scanned or zoomed
 MAX_BUILT_SIZE = 2_048  # pixels a side that a backbone is built for: a ViT/16 then reads 16,384 tokens
 MAX_EPOCHS = 1_000_000
 # in cells or in units of attention: float32 loses smaller and larger ones, or their squares, to 0 and infinity
@@ -117,6 +121,12 @@ class S3N(nn.Module):
         topk: classes that count in the gate.
         gate: `"paper"` or `"renormalised"`, see `gate_weights`.
         gate_scores: `"logits"`, or `"maps"` for the means of the maps resized to the grid.
+        scan_size: pixels, one number or (H, W), of the reduced copy that the original branch reads; the input as it
+            is by default. Not the paper's, nor are the next three.
+        zoom_size: pixels of the warped images, which are sampled from the input at its full resolution, see `zoom`.
+        branch_norm: statistics of each branch's own in the backbone's batch norms, see `split_statistics`.
+        answer: `"joint"`, the fusion layer's logits, or `"mean"`: in eval mode the logarithm of the mean of the
+            probabilities of all outputs, the branches' and the fusion layer's.
         global_pool: `"avg"`, or `""` with `num_classes=0` for unpooled features.
         img_size: input size for backbones that are built for one.
         drop_rate: dropout before the classifiers.
@@ -159,6 +169,10 @@ class S3N(nn.Module):
             topk: int = 5,
             gate: str = "paper",
             gate_scores: str | None = None,
+            scan_size: int | Sequence[int] | None = None,
+            zoom_size: int | Sequence[int] | None = None,
+            branch_norm: bool = False,
+            answer: str = "joint",
             global_pool: str | None = None,
             img_size: int | Sequence[int] | None = None,
             drop_rate: float = 0.0,
@@ -188,6 +202,9 @@ class S3N(nn.Module):
         _check_choice("gate_scores", chosen["gate_scores"], ("logits", "maps"))
         _check_choice("peak_floor", peak_floor, ("mean", "none"))
         _check_choice("kernel", kernel, KERNELS)
+        _check_choice("answer", answer, ANSWERS)
+        if not isinstance(branch_norm, bool):
+            raise ValueError(f"branch_norm must be True or False, got {reprlib.repr(branch_norm)}.")
         _check_number("beta_discriminative", beta_discriminative, MIN_SCALE, MAX_SCALE)
         _check_number("beta_complementary", beta_complementary, MIN_SCALE, MAX_SCALE)
         _check_number("floor", floor, MIN_SCALE, MAX_SCALE)
@@ -208,6 +225,8 @@ class S3N(nn.Module):
             for side in img_size if isinstance(img_size, (tuple, list)) else (img_size,):
                 check_count("img_size", side, 1, MAX_BUILT_SIZE)
 
+        self.scan_size, self.zoom_size = _read_size("scan_size", scan_size), _read_size("zoom_size", zoom_size)
+        self.answer = answer
         self.in_chans = in_chans
         self.branches = branches
         self.attention = attention
@@ -222,6 +241,7 @@ class S3N(nn.Module):
             peak_floor=peak_floor,
             floor=floor,
             fwhm=fwhm,
+            size=self.zoom_size,
         )
         self.warped = tuple(name for name in BRANCHES if name[0].upper() in branches)
         self._branch_logits: bool | None = None
@@ -236,6 +256,7 @@ class S3N(nn.Module):
             backbone_args=backbone_args,
         )
         self.head = inspect_head(self.backbone)
+        self._branch_norms = split_statistics(self.backbone, self.warped) if branch_norm else ()
         self.num_features = self.head.width
         self.head_hidden_size = self.head.hidden_width * len(branches.split("+"))
         self.feature_info = [
@@ -277,6 +298,10 @@ class S3N(nn.Module):
             threshold=threshold,
             topk=topk,
             gate=gate,
+            scan_size=None if self.scan_size is None else list(self.scan_size),
+            zoom_size=None if self.zoom_size is None else list(self.zoom_size),
+            branch_norm=branch_norm,
+            answer=answer,
             backbone_args=backbone_args,
         )
         self._model_args = dict(self.config)  # timm exports these
@@ -303,8 +328,13 @@ class S3N(nn.Module):
     # the forward path, in the order of figure 2
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Backbone features S: B×3×H×W images to B×D×h×w, whatever the backbone's own layout."""
-        return features_to_map(self.backbone.forward_features(x), self.head, x.shape[-2:])
+        """Backbone features S of X: B×3×H×W images to B×D×h×w, whatever the backbone's own layout."""
+        return self.read(x if self.scan_size is None else scan(x, self.scan_size), ("original",))
+
+    def read(self, images: Tensor, branches: Sequence[str]) -> Tensor:
+        """Backbone features of the images of some branches, one branch after the other in the batch."""
+        announce(self._branch_norms, branches)
+        return features_to_map(self.backbone.forward_features(images), self.head, images.shape[-2:])
 
     def merge_response(self, features: Tensor, logits: Tensor) -> Tensor:
         """The gated response B×h×w of features B×D×h×w with logits Y_O (eq. 1 to 3), without a gradient.
@@ -387,15 +417,24 @@ class S3N(nn.Module):
         hidden = torch.cat(joined, dim=1)
         return hidden if pre_logits else self.fusion(hidden)
 
-    def forward_branches(self, x: Tensor) -> tuple[S3NLogits, SelectiveSample | None, dict[str, Tensor]]:
-        """Logits of every branch and of their fusion, the sample, and each branch's B×D×h×w features."""
-        features = {"original": self.forward_features(x)}
+    def forward_branches(
+            self,
+            x: Tensor,
+            original: Tensor | None = None,
+    ) -> tuple[S3NLogits, SelectiveSample | None, dict[str, Tensor]]:
+        """Logits of every branch and of their fusion, the sample, and each branch's B×D×h×w features.
+
+        Args:
+            x: B×3×H×W images.
+            original: their `forward_features`, where those are known already.
+        """
+        features = {"original": self.forward_features(x) if original is None else original}
         hidden = {"original": self.pool(features["original"])}
         logits = {"original": self.classify_backbone(features["original"], hidden["original"])}
         sample = None
         if self.warped:
             sample = self.sample(x, features["original"], logits["original"])
-            warped = self.forward_features(torch.cat([getattr(sample, branch) for branch in self.warped]))
+            warped = self.read(torch.cat([getattr(sample, branch) for branch in self.warped]), self.warped)
             # chunk() would tie the number of branches to a batch size that is not known when exported
             parts = warped.unflatten(0, (len(self.warped), x.shape[0]))
             for i, branch in enumerate(self.warped):
@@ -412,7 +451,9 @@ class S3N(nn.Module):
             return self.forward_head(self.forward_features(x))
         logits, _, _ = self.forward_branches(x)
         wants_branches = self.training if self._branch_logits is None else self._branch_logits
-        return logits if wants_branches else logits.joint
+        if wants_branches:
+            return logits
+        return logits.joint if self.training or self.answer == "joint" else mean_answer(logits)
 
     @torch.no_grad()
     def explain(self, x: Tensor) -> Explanation:
@@ -504,6 +545,8 @@ class S3N(nn.Module):
             intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Intermediate features of the backbone on X, as timm's models give them."""
+        x = x if self.scan_size is None else scan(x, self.scan_size)
+        announce(self._branch_norms, ("original",))
         out = self.backbone.forward_intermediates(
             x,
             indices=indices,
@@ -551,6 +594,12 @@ class S3N(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's activations in the backward pass instead of storing them."""
         self.backbone.set_grad_checkpointing(enable)
+
+
+def mean_answer(logits: S3NLogits) -> Tensor:
+    """Logarithm of the mean of the probabilities of all outputs: B×C log-probabilities, a logit each as well."""
+    known = [each.float().log_softmax(1) for each in logits if each is not None]
+    return torch.stack(known).logsumexp(0) - math.log(len(known))
 
 
 def _build_backbone(
@@ -650,6 +699,18 @@ def check_count(name: str, value: Any, low: int, high: int) -> None:
     """Refuse, by a ValueError that names the argument, what is not a whole number from `low` to `high`."""
     if not _is_count(value, low, high):
         raise ValueError(f"{name} must be a whole number from {low} to {high}, got {reprlib.repr(value)}.")
+
+
+def _read_size(name: str, size: Any) -> tuple[int, int] | None:
+    """Read pixels, one number or (H, W), as a pair."""
+    pair = (size, size) if isinstance(size, Integral) else size
+    if pair is None:
+        return None
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_count(side, 2, MAX_SIDE) for side in pair)):
+        raise ValueError(
+            f"{name} must be pixels, one number or (H, W), each from 2 to {MAX_SIDE}, got {reprlib.repr(size)}."
+        )
+    return int(pair[0]), int(pair[1])
 
 
 def _read_grid(grid_size: Any) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .attention import sampling_map
 from .peaks import find_peaks, partition_peaks
 from .response import gate_response, normalize_response, resize_maps
+from .zoom import zoom
 
 BRANCHES = ("discriminative", "complementary")
 ATTENTIONS = ("sparse", "response", "saliency")
@@ -113,10 +114,10 @@ def as_grid(grid_size: int | Sequence[int]) -> tuple[int, int]:
 class SelectiveSample(NamedTuple):
     """What selective sparse sampling made of a batch; the fields of a branch that was left out are None."""
 
-    discriminative: Tensor | None  # B×3×H×W
-    complementary: Tensor | None  # B×3×H×W
-    grid_discriminative: Tensor | None  # B×H×W×2
-    grid_complementary: Tensor | None  # B×H×W×2
+    discriminative: Tensor | None  # B×3×H'×W', of the image's own size unless another was asked for
+    complementary: Tensor | None  # B×3×H'×W'
+    grid_discriminative: Tensor | None  # B×H'×W'×2
+    grid_complementary: Tensor | None  # B×H'×W'×2
     response: Tensor  # B×G×G in [0, 1]
     peaks: Tensor  # B×G×G boolean
     weights_discriminative: Tensor | None  # B×G×G
@@ -139,6 +140,7 @@ def sample_response(
         floor: float = 0.09,
         fwhm: float = 13,
         kernel: Tensor | None = None,
+        size: Sequence[int] | None = None,
         branches: Sequence[str] = BRANCHES,
         generator: torch.Generator | None = None,
 ) -> SelectiveSample:
@@ -149,6 +151,7 @@ def sample_response(
         response: B×h×w response of `gate_response`, or the saliency to sample by.
         attention: `"sparse"`: Gaussians around peaks; `"response"`: Q = floor + R, dense; `"saliency"`: Q = floor +
             the response as it is, not normalised and with its gradient, no peaks.
+        size: (H', W') of the warped images, read by `zoom`; the image's own, read by `resample`, if left out.
 
     The other arguments, the result and the errors are those of `selective_sample`.
     """
@@ -185,8 +188,8 @@ def sample_response(
                 maps[branch] = sampling_map(response, weights[branch], beta, branch, floor)
             else:
                 maps[branch] = floor + (response if saliency is None else saliency)
-            grids[branch] = warp_grid(maps[branch], image.shape[-2:], fwhm, kernel)
-            images[branch] = resample(image, grids[branch])
+            grids[branch] = warp_grid(maps[branch], size or image.shape[-2:], fwhm, kernel)
+            images[branch] = zoom(image, grids[branch]) if size else resample(image, grids[branch])
     strong, weak = BRANCHES
     return SelectiveSample(
         discriminative=images.get(strong),
@@ -232,8 +235,8 @@ def selective_sample(
         topk: classes that count in the gate.
         gate: `"paper"` or `"renormalised"`, see `gate_weights`.
         grid_size: G, or (rows, columns) for images that are not square.
-        **options: of `sample_response`: `attention`, `window`, `peak_floor`, `floor`, `fwhm`, `kernel`, `branches`
-            and `generator`.
+        **options: of `sample_response`: `attention`, `window`, `peak_floor`, `floor`, `fwhm`, `kernel`, `size`,
+            `branches` and `generator`.
 
     Returns:
         A `SelectiveSample`.

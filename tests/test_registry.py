@@ -39,6 +39,10 @@ ARGUMENTS = dict(
     gate="renormalised",
     gate_scores="logits",
     backbone_args=dict(output_stride=16),
+    scan_size=[64, 96],
+    zoom_size=[96, 64],
+    branch_norm=True,
+    answer="mean",
 )
 
 

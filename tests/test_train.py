@@ -46,6 +46,16 @@ def test_weights_load_as_a_timm_model(trained, kind):
     assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
 
 
+def test_epochs_between_evaluations_are_trained_alike(trained, tmp_path):
+    """--val-interval leaves evaluations out, the last epoch's excepted, and nothing else."""
+    train("--epochs", 3, "--val-interval", 2, "--output", tmp_path / "run")
+    first, second, third = rows(tmp_path / "run")
+    assert first["test_joint" if "test_joint" in first else "val_joint"] == ""
+    assert all(each["loss"] and each["val_joint"] for each in (second, third))
+    train("--epochs", 3, "--output", tmp_path / "each")
+    assert largest_difference(tmp_path / "run", tmp_path / "each") == 0
+
+
 def rows(output):
     with (output / "summary.csv").open() as file:
         return list(csv.DictReader(file))

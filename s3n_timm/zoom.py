@@ -1,0 +1,84 @@
+"""Reading an image larger than what the network reads: beyond the paper, which warps the pixels that it scanned.
+
+Magnifying then shows detail that the first pass never saw, and where a warp shrinks, a filter as wide as the step from
+pixel to pixel keeps fine texture from turning into noise.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def identity_grid(size: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """The grid of no warp.
+
+    Args:
+        size: (H, W) in pixels.
+        device: where to build it.
+
+    Returns:
+        1×H×W×2 grid of (x, y) in [-1, 1], the corners' centres at ±1.
+    """
+    y, x = (torch.linspace(-1, 1, side, device=device) for side in size)
+    return torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)[None]
+
+
+def grid_steps(grid: Tensor, size: Sequence[int]) -> Tensor:
+    """Pixels of the source from one pixel of the warped image to the next.
+
+    Args:
+        grid: B×H'×W'×2 of `warp_grid`.
+        size: (H, W) of the source in pixels.
+
+    Returns:
+        B×H'×W', the geometric mean of the steps in x and in y: 1 where the source is shown as it is, less where it is
+        magnified.
+    """
+    x, y = grid.detach().float().unbind(-1)
+    step_x = F.pad((x[..., 1:] - x[..., :-1]).abs() * (size[1] - 1) / 2, (0, 1), mode="replicate")
+    step_y = F.pad((y[..., 1:, :] - y[..., :-1, :]).abs() * (size[0] - 1) / 2, (0, 0, 0, 1), mode="replicate")
+    return (step_x * step_y).sqrt()
+
+
+def zoom(source: Tensor, grid: Tensor) -> Tensor:
+    """Read an image at a grid of another size, each place at the resolution that its step asks for.
+
+    Between the two of its copies, each half of the one before, whose pixels are nearest in size to the step, values
+    are blended: the trilinear filter of textures. Where the source has no more pixels than the grid this is `resample`.
+
+    Args:
+        source: B×C×H×W.
+        grid: B×H'×W'×2, or 1×H'×W'×2 for all images.
+
+    Returns:
+        B×C×H'×W' in the source's dtype, computed in float32.
+    """
+    size = source.shape[-2:]
+    ratio = max(have / want for have, want in zip(size, grid.shape[1:3]))
+    halvings = max(0, math.ceil(math.log2(ratio)))
+    copy = source.float()
+    grid = grid.float().expand(source.shape[0], -1, -1, -1)
+    if halvings == 0:
+        return F.grid_sample(copy, grid, padding_mode="zeros", align_corners=True).to(source.dtype)
+    # 0 reads the source itself, 1 the first half
+    depth = grid_steps(grid, size).clamp_min(1).log2().clamp_max(halvings)[:, None]
+    pixels = (grid + 1) / 2 * (torch.tensor(size, device=grid.device).flip(0) - 1)
+    zoomed = torch.zeros((), device=source.device)
+    for halving in range(halvings + 1):
+        weight = (1 - (depth - halving).abs()).clamp_min(0)
+        # a copy's pixels are means of the source's, so its borders, not its corners' centres, lie on the source's
+        extent = torch.tensor(copy.shape[-2:], device=grid.device).flip(0) * 2**halving
+        place = (2 * pixels + 1) / extent - 1
+        read = F.grid_sample(copy, place, padding_mode="border", align_corners=False)
+        zoomed = zoomed + weight * read
+        if halving < halvings:
+            copy = F.avg_pool2d(copy, 2)
+    return zoomed.to(source.dtype)
+
+
+def scan(source: Tensor, size: Sequence[int]) -> Tensor:
+    """The reduced copy that the original branch reads: what `zoom` gives without a warp, B×C×H×W to B×C×`size`."""
+    return zoom(source, identity_grid(size, source.device))

@@ -1,0 +1,245 @@
+"""Options that the paper does not have: zooming from a larger source, batch norm per branch, the mean answer."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import s3n_timm
+from s3n_timm import S3N, resample, warp_grid
+from s3n_timm.model import mean_answer
+from s3n_timm.zoom import grid_steps, identity_grid, scan, zoom
+
+CLASSES = 7
+
+
+def build(seed=0, **options):
+    torch.manual_seed(seed)
+    return S3N("test_resnet", CLASSES, **options)
+
+
+def images(count=3, side=128, seed=1):
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def bump(side=31):
+    """A sampling map with one strong place."""
+    x = torch.arange(side).float()
+    return 0.09 + torch.exp(-((x - 9).square()[:, None] + (x - 20).square()) / 18)[None]
+
+
+# zoom
+
+
+def test_zoom_without_warp_or_reduction_is_the_source():
+    source = images(side=48)
+    torch.testing.assert_close(zoom(source, identity_grid((48, 48))), source, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (20, 64), (17, 23), (96, 130)])
+def test_zoom_keeps_a_constant_and_a_ramp(size):
+    torch.testing.assert_close(zoom(torch.full((2, 3, 64, 64), 0.7), warp_grid(bump().expand(2, -1, -1), size)),
+                               torch.full((2, 3, *size), 0.7))
+    ramp = torch.linspace(0, 1, 64).expand(1, 1, 64, 64)
+    grid = warp_grid(bump(), size)
+    inside = (grid.abs() < 0.85).all(-1)  # the filter reaches over the border otherwise
+    expected = (grid[..., 0] + 1) / 2
+    torch.testing.assert_close(zoom(ramp, grid)[:, 0][inside], expected[inside], rtol=0, atol=1e-3)
+
+
+def test_zoom_shows_detail_where_it_magnifies_and_filters_where_it_shrinks():
+    """Of a pattern finer than the warped image can hold, a place that shrinks shows the mean."""
+    checks = (torch.arange(128)[:, None] + torch.arange(128)).remainder(2).float().expand(1, 1, 128, 128)
+    grid = warp_grid(bump(), (64, 64))
+    steps = grid_steps(grid, (128, 128))
+    assert steps.min() < 1 < 1.8 < steps.max()
+    zoomed, aliased = zoom(checks, grid)[0, 0], resample(checks, grid)[0, 0]
+    shrunk, magnified = steps[0] > 2, steps[0] < 1
+    assert (zoomed[shrunk] - 0.5).abs().max() < 0.01
+    assert aliased[shrunk].std() > 0.1, "what the plain reading makes of it"
+    torch.testing.assert_close(zoomed[magnified], aliased[magnified], rtol=0, atol=1e-4)
+    assert zoomed[magnified].std() > 0.1
+
+
+def test_steps_are_pixels_of_the_source():
+    torch.testing.assert_close(grid_steps(identity_grid((9, 17)), (25, 49)), torch.full((1, 9, 17), 3.0))
+
+
+def test_zoom_has_gradients():
+    source, q = images(2, 40).requires_grad_(), bump().expand(2, -1, -1).clone().requires_grad_()
+    zoom(source, warp_grid(q, (24, 24))).square().sum().backward()
+    assert all(each.grad.isfinite().all() and each.grad.any() for each in (source, q))
+
+
+def test_branches_read_what_was_asked_for():
+    model = build(scan_size=64, zoom_size=(96, 80)).eval()
+    seen = model.explain(images(side=128))
+    assert seen.sample.discriminative.shape == seen.sample.complementary.shape == (3, 3, 96, 80)
+    assert seen.sample.grid_complementary.shape == (3, 96, 80, 2)
+    assert seen.maps["original"].shape[-2:] == (2, 2)
+    assert seen.maps["discriminative"].shape[-2:] == (3, 3)
+    torch.testing.assert_close(seen.sample.discriminative, zoom(images(side=128), seen.sample.grid_discriminative))
+    torch.testing.assert_close(
+        seen.maps["original"],
+        build(branches="O").eval().explain(scan(images(side=128), (64, 64))).maps["original"],
+    )
+
+
+def test_sizes_of_the_input_change_nothing():
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(build(scan_size=128, zoom_size=128).eval()(x), build().eval()(x), rtol=0, atol=2e-3)
+
+
+def test_an_image_without_peaks_is_not_warped():
+    """All branches then read one image, so that the head on its features alone says the same."""
+    model = build(scan_size=64, zoom_size=64).eval()
+    x = torch.linspace(-1, 1, 128).expand(2, 3, 128, 128).clone()
+    nn.init.zeros_(model.backbone.get_classifier().weight)  # a response that is flat
+    with torch.no_grad():
+        assert not model.explain(x).sample.peaks.any()
+        torch.testing.assert_close(model(x), model.forward_head(model.forward_features(x)), rtol=1e-4, atol=1e-4)
+
+
+# batch norm per branch
+
+
+def statistics(model, ending=""):
+    return {name.removesuffix(ending): value.clone() for name, value in model.backbone.named_buffers()
+            if name.endswith((f"running_mean{ending}", f"running_var{ending}"))}
+
+
+def test_branches_share_weights_but_not_statistics():
+    model, plain = build(branch_norm=True), build()
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), plain.eval()(x))  # statistics begin alike
+        model.train()(x)
+    own = [statistics(model, ending) for ending in ("", "_discriminative", "_complementary")]
+    assert len(own[0]) == len(own[1]) > 4
+    assert all(not torch.equal(own[0][name], own[1][name]) for name in own[0])
+    assert all(not torch.equal(own[0][name], own[2][name]) for name in own[0])
+
+
+def test_statistics_are_those_of_the_branchs_images():
+    model = build(branch_norm=True, partition_train="expected").train()
+    sample = []
+    hook = model.backbone.register_forward_pre_hook(lambda *_: None)
+    hook.remove()
+    read = model.read
+    model.read = lambda batch, branches: sample.append((batch.detach(), branches)) or read(batch, branches)
+    model(images())
+    (original, _), (warped, branches) = sample
+    assert branches == ("discriminative", "complementary")
+    for ending, part in (("", original), *zip(("_discriminative", "_complementary"), warped.chunk(2))):
+        alone = build(branches="O").train()
+        alone(part)
+        for name, value in statistics(alone).items():
+            torch.testing.assert_close(statistics(model, ending)[name], value, rtol=1e-3, atol=1e-4, msg=name + ending)
+
+
+def test_statistics_are_read_by_their_branch():
+    model = build(branch_norm=True).eval()
+    x = images()
+    with torch.no_grad():
+        before = model.explain(x).logits
+        for name, value in model.backbone.named_buffers():
+            if name.endswith("running_mean_complementary"):
+                value.add_(0.5)
+        after = model.explain(x).logits
+    assert torch.equal(before.original, after.original)
+    assert torch.equal(before.discriminative, after.discriminative)
+    assert not torch.allclose(before.complementary, after.complementary)
+
+
+def test_statistics_begin_as_those_of_pretrained_weights(tmp_path):
+    backbone = timm.create_model("test_resnet", num_classes=CLASSES)
+    for name, value in backbone.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            value.uniform_(0.5, 1.5)
+    s3n_timm.save(backbone, tmp_path)
+    model = timm.create_model("s3n", backbone="test_resnet", num_classes=CLASSES, pretrained=True, branch_norm=True,
+                              pretrained_cfg_overlay=dict(file=str(tmp_path / "model.safetensors"),
+                                                          num_classes=CLASSES))
+    for ending in ("", "_discriminative", "_complementary"):
+        for name, value in statistics(model, ending).items():
+            assert torch.equal(value, backbone.state_dict()[name]), name + ending
+
+
+@pytest.mark.parametrize("backbone", ["convnext_atto", "test_convnext"])
+def test_a_backbone_without_batch_norm_is_refused(backbone):
+    with pytest.raises(ValueError, match="branch_norm needs a backbone with batch norm"):
+        S3N(backbone, CLASSES, branch_norm=True)
+
+
+# the mean answer
+
+
+def test_mean_answer_is_the_mean_of_probabilities():
+    model = build(answer="mean")
+    x = images()
+    assert isinstance(model(x), s3n_timm.S3NLogits), "training is not concerned"
+    model.eval()
+    with torch.no_grad():
+        answer = model(x)
+        model.set_branch_logits(True)
+        outputs = model(x)
+    torch.testing.assert_close(answer.exp(), torch.stack([each.softmax(1) for each in outputs]).mean(0))
+    torch.testing.assert_close(answer.exp().sum(1), torch.ones(3))
+    two = outputs._replace(discriminative=None, complementary=None)
+    expected = (outputs.joint.softmax(1) + outputs.original.softmax(1)) / 2
+    torch.testing.assert_close(mean_answer(two).exp(), expected)
+
+
+# all of them
+
+EVERY = dict(scan_size=64, zoom_size=96, branch_norm=True, answer="mean")
+
+
+@pytest.mark.parametrize("options", [dict(scan_size=48, zoom_size=64), dict(branch_norm=True), dict(answer="mean"),
+                                     EVERY], ids=str)
+def test_options_travel_compile_and_export(options, tmp_path):
+    model = build(**options).eval()
+    with torch.no_grad():
+        for name, value in model.backbone.named_buffers():
+            if name.endswith("running_mean_discriminative"):
+                value.add_(0.1)
+    folder = s3n_timm.save(model, tmp_path / "weights")
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = images()
+    torch._dynamo.reset()
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(loaded(x), expected)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+        torch.testing.assert_close(program(x[:2]), model(x[:2]), rtol=1e-4, atol=1e-4)
+        features = timm.models.create_feature_extractor(model, {"fusion": "joint"})
+        model.set_branch_logits(True)
+        torch.testing.assert_close(features(x)["joint"], model(x).joint)
+
+
+def test_all_options_train():
+    model = build(**EVERY).train()
+    s3n_timm.S3NLoss()(model(images()), torch.tensor([0, 3, 6])).backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not without
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(scan_size=0), "scan_size must be pixels"),
+        (dict(zoom_size=(96, 96, 96)), "zoom_size must be pixels"),
+        (dict(zoom_size="large"), "zoom_size must be pixels"),
+        (dict(scan_size=10**6), "scan_size must be pixels"),
+        (dict(branch_norm="yes"), "branch_norm must be True or False"),
+        (dict(answer="best"), "answer must be one of 'joint', 'mean'"),
+    ],
+)
+def test_wrong_options_are_named(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build(**options)
