@@ -177,7 +177,7 @@ def test_recipes_are_the_paper_s_and_the_original_s():
                 assert args.smoothing == s3n_timm.S3NLoss.ORIGINAL
             else:
                 assert (args.sched, args.smoothing, args.beta_lr_scale) == ("constant", 0, 1)
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"birds", "cub", "aircraft", "cars", "own"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"birds", "cub", "cub50", "aircraft", "cars", "own"}
 
 
 @pytest.mark.parametrize("dataset", ["cub", "cars", "folder"])

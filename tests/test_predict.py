@@ -1,0 +1,95 @@
+"""Predictions in batches, of which the sure images leave early."""
+
+import pytest
+import torch
+
+from s3n_timm import S3N
+from s3n_timm.predict import predict
+
+CLASSES = 7
+
+
+def build(**options):
+    torch.manual_seed(0)
+    model = S3N("test_resnet", CLASSES, **options).eval()
+    torch.nn.init.normal_(model.backbone.get_classifier().weight, std=0.5)
+    torch.nn.init.normal_(model.fusion.weight, std=0.5)
+    return model
+
+
+def batches(*sizes):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(size, 3, 96, 96, generator=generator) * torch.rand(size, 1, 1, 1, generator=generator) * 4
+            for size in sizes]
+
+
+def count_reads(model):
+    """Images of each pass of the backbone."""
+    sizes, read = [], model.read
+    model.read = lambda images, branches: sizes.append((len(images), tuple(branches))) or read(images, branches)
+    return sizes
+
+
+@pytest.mark.parametrize("answer", ["joint", "mean"])
+def test_without_exit_it_is_the_forward(answer):
+    model, images = build(answer=answer), batches(4, 4, 2)
+    with torch.no_grad():
+        expected = [model(x).softmax(1) for x in images]
+    for prediction, rows in zip(predict(model, images), expected, strict=True):
+        torch.testing.assert_close(prediction.probabilities, rows)
+        assert not prediction.exited.any()
+
+
+def test_sure_images_are_answered_by_the_original_branch():
+    model, images = build(), batches(4, 4, 3)
+    everything = torch.cat(images)
+    with torch.no_grad():
+        model.set_branch_logits(True)
+        outputs = model(everything)
+    own = outputs.original.softmax(1)
+    entropy = torch.special.entr(own).sum(1)
+    threshold = entropy.median().item()
+    expected = torch.where((entropy < threshold)[:, None], own, outputs.joint.softmax(1))
+    sizes = count_reads(model)
+    found = list(predict(model, images, exit_entropy=threshold))
+    assert [len(each.probabilities) for each in found] == [4, 4, 3]
+    torch.testing.assert_close(torch.cat([each.probabilities for each in found]), expected)
+    torch.testing.assert_close(torch.cat([each.entropy for each in found]), entropy)
+    assert torch.cat([each.exited for each in found]).sum() == (entropy < threshold).sum() == 5
+    # the rest of all batches is read together: four images, then two, each warped twice
+    assert [size for size, branches in sizes if "original" not in branches] == [8, 4]
+
+
+@pytest.mark.parametrize(("threshold", "warped"), [(0.0, 11), (10.0, 0)])
+def test_extremes(threshold, warped):
+    model, images = build(), batches(4, 4, 3)
+    sizes = count_reads(model)
+    found = list(predict(model, images, exit_entropy=threshold))
+    assert sum(size for size, branches in sizes if "original" not in branches) == 2 * warped
+    assert sum(int((~each.exited).sum()) for each in found) == warped
+
+
+def test_answers_come_while_later_batches_are_not_read():
+    model = build()
+    taken = []
+
+    def source():
+        for x in batches(2, 2, 2):
+            taken.append(len(x))
+            yield x
+
+    next(predict(model, source()))
+    assert taken == [2]
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (lambda: build().train(), "eval mode"),
+        (lambda: build(branches="D+C"), "needs the O branch"),
+        (lambda: S3N("test_resnet", 0).eval(), "needs a classifier"),
+    ],
+)
+def test_models_that_cannot_predict(model, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        next(predict(model(), batches(2)))
