@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from s3n_timm import S3N
+from s3n_timm.evaluation import choose_exit_entropy
 from s3n_timm.predict import predict
 
 CLASSES = 7
@@ -93,3 +94,29 @@ def test_answers_come_while_later_batches_are_not_read():
 def test_models_that_cannot_predict(model, sentence):
     with pytest.raises(ValueError, match=sentence):
         next(predict(model(), batches(2)))
+
+
+# the threshold
+
+
+def test_threshold_loses_no_more_than_it_may():
+    entropy = torch.tensor([0.5, 0.1, 0.2, 0.9, 0.3, 0.4])
+    original = torch.tensor([0, 1, 1, 0, 0, 1]).bool()
+    joint = torch.tensor([1, 1, 1, 1, 1, 0]).bool()
+    # in order of entropy the exits change the count of right answers by 0, 0, -1, 0, -1, -2
+    assert choose_exit_entropy(entropy, original, joint, 0.0) == (pytest.approx(0.45), pytest.approx(4 / 6))
+    assert choose_exit_entropy(entropy, original, joint, 0.17) == (pytest.approx(0.7), pytest.approx(5 / 6))
+    assert choose_exit_entropy(entropy, original, joint, 0.5)[1] == 1
+    assert choose_exit_entropy(entropy, ~joint, joint, 0.0)[1] == 0.0
+
+
+def test_images_of_one_entropy_exit_together():
+    entropy = torch.tensor([0.0, 0.2, 0.2])
+    original, joint = torch.tensor([True, True, False]), torch.tensor([True, True, True])
+    assert choose_exit_entropy(entropy, original, joint, 0.0) == (pytest.approx(0.1), pytest.approx(1 / 3))
+
+
+@pytest.mark.parametrize("entropy", [torch.tensor([]), torch.tensor([0.1, float("nan")]), torch.rand(3)])
+def test_threshold_wants_whole_columns(entropy):
+    with pytest.raises(ValueError, match="entropy"):
+        choose_exit_entropy(entropy, torch.ones(2).bool(), torch.ones(2).bool())
