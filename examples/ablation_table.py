@@ -91,7 +91,7 @@ def compare(folders: Mapping[int, Path], baselines: Mapping[int, Path]) -> dict[
         differences.append(100 * (right.double().mean() - baseline.double().mean()).item())
         ours.append(right)
         theirs.append(baseline)
-    interval = bootstrap_difference(torch.cat(ours), torch.cat(theirs))
+    interval = bootstrap_difference(torch.stack(ours), torch.stack(theirs))
     return dict(spread(differences), seeds=seeds, interval=[100 * end for end in interval])
 
 
@@ -105,12 +105,14 @@ def summarise_runs(folders: Mapping[int, Path], baselines: Mapping[int, Path]) -
 # files and print
 
 
-def format_row(row: dict[str, Any]) -> list[str]:
-    def show(figure: dict[str, Any] | None, form: str = ".1f") -> str:
-        if figure is None or figure["mean"] is None:
-            return ""
-        return format(figure["mean"], form) + ("" if figure["sd"] is None else f" ± {figure['sd']:{form.lstrip('+')}}")
+def show(figure: dict[str, Any] | None, form: str = ".1f") -> str:
+    """Mean ± deviation of `spread`; nothing where there is none."""
+    if figure is None or figure["mean"] is None:
+        return ""
+    return format(figure["mean"], form) + ("" if figure["sd"] is None else f" ± {figure['sd']:{form.lstrip('+')}}")
 
+
+def format_row(row: dict[str, Any]) -> list[str]:
     figures, difference = row["figures"], row["difference"]
     interval = "" if difference is None else "{:+.1f} to {:+.1f}".format(*difference["interval"])
     top1 = [show(figures[name]) for name in ("joint", "O", "D", "C")]

@@ -45,15 +45,20 @@ def load_splits(args: argparse.Namespace) -> dict[str, Any]:
     if args.val_split:
         val = load(args.dataset, args.data_dir, args.val_split, **options)
     elif args.val_fraction:
-        try:
-            parts = train.train_test_split(args.val_fraction, stratify_by_column="label", seed=args.seed)
-        except ValueError as error:
-            raise ValueError(f"--val-fraction {args.val_fraction} cannot be held out of training: {error}") from error
-        train, val = parts["train"], parts["test"]
+        train, val = hold_out(train, args.val_fraction, args.seed)
     if args.verify and not args.streaming and kind != "birds":  # birds of two splits are drawn apart
         for other in (val,) if val is test else (val, test):
             check_disjoint(train, other)
     return dict(train=train, val=val, test=test)
+
+
+def hold_out(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training images without a part of every class, and that part."""
+    try:
+        parts = train.train_test_split(fraction, stratify_by_column="label", seed=seed)
+    except ValueError as error:
+        raise ValueError(f"--val-fraction {fraction} cannot be held out of training: {error}") from error
+    return parts["train"], parts["test"]
 
 
 def count_test_birds(num_images: int, num_classes: int) -> int:

@@ -19,7 +19,8 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from files import replacing_file
+from data import hold_out
+from files import replace_text, replacing_file
 from launching import exiting_on, start_all_processes, use_cpu_threads
 from rich.console import Console
 from rich.table import Table
@@ -30,10 +31,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import s3n_timm
+from s3n_timm.card import count_parameters
 from s3n_timm.datasets import load, part_names
 from s3n_timm.draw import draw_confusions
-from s3n_timm.evaluation import CROP_MODES, confused_pairs
+from s3n_timm.evaluation import CROP_MODES, choose_exit_entropy, confused_pairs
 from s3n_timm.measure import CALIBRATION, OUTPUTS, UNITS, as_plain, carry_annotations, measure_batch, summarise
+from s3n_timm.model import ANSWERS
 from s3n_timm.peaks import PARTITION_MODES
 
 SHORT = dict(discriminative="D", complementary="C")
@@ -51,6 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--dataset", default="birds", help="birds, cub, aircraft, cars, folder, parquet or hub:NAME")
     data.add_argument("--data-dir", help="folder of the data set; drawn birds and the Hub need none")
     data.add_argument("--split", default="test")
+    data.add_argument("--val-fraction", type=float, default=0.0, metavar="PART",
+                      help="with --split train: the part that train.py held out of it, see --seed")
     data.add_argument("--image-column", metavar="NAME", help="parquet and hub: the column of images, if not image")
     data.add_argument("--label-column", metavar="NAME", help="parquet and hub: the column of labels, if not label")
     data.add_argument("--num-images", type=int, default=750, help="drawn birds: images")
@@ -63,6 +68,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--crop-pct", type=float, help="centre crop")
     model.add_argument("--crop-mode", choices=CROP_MODES, help="how images are resized")
     model.add_argument("--partition-eval", choices=PARTITION_MODES, help="how peaks are divided; some draw, see --seed")
+    model.add_argument("--answer", choices=ANSWERS, help="which output answers")
+
+    sure = model.add_mutually_exclusive_group()
+    sure.add_argument("--exit-entropy", type=float, metavar="NATS",
+                      help="report what early exit does: images of less entropy are answered by the original branch")
+    sure.add_argument("--exit-loss", type=float, metavar="POINTS",
+                      help="find the threshold of early exit that loses at most so many points of accuracy here")
 
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, help="folder for the files; beside the weights if left out")
@@ -77,6 +89,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("image_column", "label_column"):
         if getattr(args, name) and not args.dataset.startswith(("parquet", "hub:")):
             parser.error(f"--{name.replace('_', '-')} is for parquet and hub:NAME alone, not for {args.dataset}.")
+    if args.val_fraction and args.split != "train":
+        parser.error(f"--val-fraction is a part of --split train, not of {args.split}.")
+    if not 0 <= args.val_fraction < 1:
+        parser.error(f"--val-fraction must lie in [0, 1), got {args.val_fraction}.")
     if args.output is None:
         kind = "-".join(["evaluation", *args.dataset.replace(":", "/").split("/"), args.split])
         args.output = Path("output/evaluation") if is_on_hub(args.weights) else Path(args.weights) / kind
@@ -106,11 +122,18 @@ def load_model(args: argparse.Namespace) -> nn.Module:
         raise ValueError(f"WEIGHTS {args.weights} cannot be loaded as a timm model ({error}).") from error
     if not model.num_classes:
         raise ValueError(f"WEIGHTS {args.weights} has no classifier, so there is nothing to measure.")
+    exits = args.exit_entropy is not None or args.exit_loss is not None
+    if exits and not (isinstance(model, s3n_timm.S3N) and "O" in model.branches):
+        raise ValueError("--exit-entropy and --exit-loss need an S3N with the O branch: leave them out.")
     if args.partition_eval:
         if not has_peaks(model):
             raise ValueError(f"--partition-eval {args.partition_eval} needs a model with peaks: leave it out.")
         model.partition_eval = args.partition_eval
         model.set_epoch(model.partition_warmup_epochs)  # weights from its warm-up would go on with another one
+    if args.answer:
+        if not isinstance(model, s3n_timm.S3N):
+            raise ValueError(f"--answer {args.answer} needs an S3N, and this model has one output: leave it out.")
+        model.answer = args.answer
     return model
 
 
@@ -122,12 +145,13 @@ def describe_model(model: nn.Module, data_config: dict[str, Any]) -> dict[str, A
     summary: dict[str, Any] = dict(
         architecture=model.pretrained_cfg.get("architecture"),
         num_classes=model.num_classes,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=count_parameters(model),
     )
     if isinstance(model, s3n_timm.S3N):
         betas = {name: value.item() for name, value in model.named_parameters() if name.startswith("beta_")}
         # the config holds the values that training began with
-        summary["s3n"] = dict(model.config, **betas, partition=model.partition if has_peaks(model) else None)
+        now = dict(answer=model.answer, partition=model.partition if has_peaks(model) else None)
+        summary["s3n"] = {**model.config, **betas, **now}
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return dict(summary, preprocessing={name: data_config[name] for name in names})
 
@@ -143,6 +167,8 @@ def load_data(args: argparse.Namespace, model: nn.Module, data_config: dict[str,
         columns = dict(image_column=args.image_column, label_column=args.label_column)
         options = dict(verify=args.verify, **{key: name for key, name in columns.items() if name})
     dataset = load(args.dataset, args.data_dir, args.split, **options)
+    if args.val_fraction:
+        _, dataset = hold_out(dataset, args.val_fraction, args.seed)
     if not len(dataset):
         raise ValueError(f"--split {args.split} of {args.dataset} has no image.")
     return dataset
@@ -216,6 +242,14 @@ def measure(
     return {name: torch.cat([rows[name] for rows in batches]) for name in (batches[0] if batches else ())}
 
 
+def choose_exit(records: dict[str, Tensor], args: argparse.Namespace) -> float | None:
+    """The threshold of early exit that was given or is to be found."""
+    if args.exit_loss is None:
+        return args.exit_entropy
+    original, answer = (records[f"prediction_{name}"] == records["label"] for name in ("original", "answer"))
+    return choose_exit_entropy(records["entropy"], original, answer, args.exit_loss / 100)[0]
+
+
 # files
 
 
@@ -224,12 +258,11 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(["" if value is None else value for value in row] for row in rows)
-    with replacing_file(path) as file:
-        file.write_text(text.getvalue(), encoding="utf-8")
+    replace_text(path, text.getvalue())
 
 
 def write_files(output: Path, results: dict[str, Any], records: dict[str, Tensor], names: list[str]) -> None:
-    labels, predictions = records["label"], records["prediction_joint"]
+    labels, predictions = records["label"], records["prediction_answer"]
     images = torch.bincount(labels, minlength=len(names)).tolist()
     correct = torch.bincount(labels[labels == predictions], minlength=len(names)).tolist()
     accuracy = [100 * right / count if count else None for right, count in zip(correct, images)]
@@ -250,7 +283,7 @@ def write_files(output: Path, results: dict[str, Any], records: dict[str, Tensor
         f"correct_{name}": (records[f"prediction_{name}"] == labels).int()
         for name in OUTPUTS if f"prediction_{name}" in records
     }
-    columns |= {name: records[name] for name in ("peaks", "hits") if name in records}
+    columns |= {name: records[name] for name in ("entropy", "peaks", "hits") if name in records}
     rows = {name: values.tolist() for name, values in columns.items()}
     if "hits" in rows:  # an image whose box was cropped away has none
         rows["hits"] = [hits if boxed else None for hits, boxed in zip(rows["hits"], records["boxed"].tolist())]
@@ -258,8 +291,8 @@ def write_files(output: Path, results: dict[str, Any], records: dict[str, Tensor
 
     with replacing_file(output / "confusion.png") as file:
         draw_confusions(labels, predictions, names).savefig(file, format="png", dpi=110)
-    with replacing_file(output / "results.json") as file:  # the last, so that it tells that all is there
-        file.write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
+    # the last, so that it tells that all is there
+    replace_text(output / "results.json", json.dumps(results, indent=1, allow_nan=False))
 
 
 # tables
@@ -316,6 +349,17 @@ def tabulate_rest(measures: dict[str, Any]) -> Table:
     return table
 
 
+def tabulate_exit(measures: dict[str, Any]) -> Table:
+    figures = measures["early_exit"]
+    table = create_table("early exit: sure images answered by the original branch alone", "figure", "value")
+    table.add_row("exit entropy, nats", number(figures["exit_entropy"], 4))
+    table.add_row("images that exit, %", number(figures["exited"]))
+    table.add_row("backbone passes per image", number(figures["passes"], 2))
+    table.add_row("top-1 %", number(figures["top1"]))
+    table.add_row("top-1 % of all branches for all images", number(figures["top1_without"]))
+    return table
+
+
 def tabulate_magnification(measures: dict[str, Any]) -> Table:
     branches = measures["magnification"]
     columns = (f"{SHORT[branch]} {kind}" for branch in branches for kind in ("mean", "median"))
@@ -351,11 +395,13 @@ def report(results: dict[str, Any], records: dict[str, Tensor], names: list[str]
     if "localisation" in measures:
         console.print(tabulate_localisation(measures))
     console.print(tabulate_rest(measures))
+    if "early_exit" in measures:
+        console.print(tabulate_exit(measures))
     if "magnification" in measures:
         console.print(tabulate_magnification(measures))
     if "strongest" in records or measures.get("parts", {}).get("not_shown"):
         console.print(tabulate_parts(measures))
-    pairs = confused_pairs(records["label"], records["prediction_joint"], len(names), k=5).tolist()
+    pairs = confused_pairs(records["label"], records["prediction_answer"], len(names), k=5).tolist()
     if pairs:
         table = create_table("most confused", "label", "taken for", "images")
         for label, taken, count in pairs:
@@ -389,12 +435,14 @@ def main() -> None:
     started = time.monotonic()
     records = measure(model, loader, data_config, args, accelerator)
     seconds = time.monotonic() - started
+    accelerator.end_training()  # a process that ends while gloo's threads run is aborted
     if not accelerator.is_main_process:
         return
     if records["index"].tolist() != list(range(len(dataset))):
         raise RuntimeError("Accelerate gave images twice, not at all or out of order: this is a bug.")
     with exiting_on(ValueError, OSError):
-        measures = summarise(records, part_names(dataset), args.seed, args.bootstrap_samples)
+        exit_entropy = choose_exit(records, args)
+        measures = summarise(records, part_names(dataset), args.seed, args.bootstrap_samples, exit_entropy)
         run = dict(
             seconds=seconds,
             images_per_second=len(dataset) / seconds,

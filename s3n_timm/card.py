@@ -272,7 +272,8 @@ def _setting(value: Any) -> str:
 
 
 def _metadata_of_results(results: Mapping[str, Any]) -> list[EvalResult]:
-    joint = results["measures"]["accuracy"]["joint"]
+    answer = results["model"].get("s3n", {}).get("answer", "joint")
+    accuracy = results["measures"]["accuracy"][answer]
     dataset = str(results["dataset"])
     return [
         EvalResult(
@@ -282,7 +283,7 @@ def _metadata_of_results(results: Mapping[str, Any]) -> list[EvalResult]:
             dataset_split=results["split"],
             metric_type="accuracy",
             metric_name=f"{title} accuracy, %",
-            metric_value=joint[key],
+            metric_value=accuracy[key],
         )
         for key, title in (("top1", "top-1"), ("top5", "top-5"))
     ]

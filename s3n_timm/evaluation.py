@@ -450,6 +450,38 @@ def background_magnification(grid: Tensor, boxes: Tensor) -> Tensor:
     return (pixels - shown) / (pixels - there)
 
 
+def magnified_boxes(
+        grid: Tensor,
+        sizes: Tensor,
+        img_size: int | Sequence[int],
+        crop_pct: float | None = None,
+        crop_mode: str | None = None,
+) -> Tensor:
+    """What a warp magnifies: the smallest box around all that it shows at least a tenth larger, by area.
+
+    Args:
+        grid: B×H×W×2 warp grid.
+        sizes: B×2 sizes (height, width) of the stored images in pixels.
+
+    The other arguments and the errors are those of `transform_points`.
+
+    Returns:
+        B×4 boxes (x0, y0, x1, y1) in pixels of the stored images, in float64; NaN where nothing is magnified.
+
+    Raises:
+        ValueError: `grid` is not B×H×W×2.
+    """
+    _check_grid(grid)
+    scale, offset, bounds = _input_geometry(sizes, img_size, crop_pct, crop_mode)
+    # where the grid itself is dense, so that no warp has to be inverted
+    shown = (torch.linalg.det(_jacobian(grid.float())) < 1 / 1.1)[..., None]
+    corners = torch.stack([
+        torch.where(shown, grid, math.inf).amin((1, 2)), torch.where(shown, grid, -math.inf).amax((1, 2))], dim=1)
+    stored = ((corners.double() + 1) / 2 * bounds + offset[:, None]) / scale[:, None]
+    stored = torch.minimum(stored.clamp_min(0), sizes.flip(1)[:, None])
+    return torch.where(shown.any((1, 2)), stored.flatten(1), math.nan)
+
+
 # localisation: table 2
 
 
@@ -560,6 +592,10 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
     Returns:
         B ratios in [0, 1]; 0 for two boxes without an area.
+
+    Example:
+        >>> box_iou(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([[1.0, 0.0, 3.0, 2.0]]))
+        tensor([0.3333])
     """
     low, high = torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:])
     shared = (high - low).clamp_min(0).prod(1)
@@ -705,6 +741,11 @@ def confused_pairs(labels: Tensor, predictions: Tensor, num_classes: int, k: int
 
     Raises:
         ValueError: the lengths differ, an index is out of range, or `k` is negative.
+
+    Example:
+        >>> labels, predictions = torch.tensor([0, 0, 1, 2]), torch.tensor([1, 1, 1, 0])
+        >>> confused_pairs(labels, predictions, num_classes=3, k=2).tolist()  # label, prediction, count
+        [[0, 1, 2], [2, 0, 1]]
     """
     _check_classes(labels, predictions, num_classes)
     if k < 0:
@@ -772,12 +813,12 @@ def bootstrap_difference(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the difference between two accuracies on the same images.
 
-    Images are drawn, and both models judged on each: what they have in common cancels. Only how many images each model
-    alone got right matters, so these two counts are drawn.
+    Images are drawn, and both models judged on each: what they have in common cancels. With several runs of each model
+    an image is drawn with the answers of all its runs, which are no independent images.
 
     Args:
-        correct: N booleans of a model.
-        baseline: N booleans of another, in the same order of images.
+        correct: N booleans of a model, or S×N of its runs under S seeds.
+        baseline: as many of another, in the same order of runs and images.
         level: share of the bootstrap samples that the interval holds.
         samples: number of bootstrap samples.
         seed: of the draws; equal seeds give equal intervals.
@@ -786,22 +827,24 @@ def bootstrap_difference(
         (low, high) of the accuracy of `correct` less that of `baseline`, in [-1, 1].
 
     Raises:
-        ValueError: the lengths differ or are 0, or `level` or `samples` is out of range.
+        ValueError: the shapes differ or are empty, or `level` or `samples` is out of range.
     """
-    if correct.shape != baseline.shape:
+    if correct.shape != baseline.shape or correct.ndim not in (1, 2):
         raise ValueError(
-            f"correct and baseline must be of one length, got {tuple(correct.shape)} and {tuple(baseline.shape)}."
+            f"correct and baseline must both be N or S×N, got {tuple(correct.shape)} and {tuple(baseline.shape)}."
         )
-    count = len(correct)
+    runs, count = (1, *correct.shape)[-2:]
     _check_bootstrap(count, level, samples)
-    gained, lost = int((correct & ~baseline).sum()), int((baseline & ~correct).sum())
-    draws = torch.full((samples,), float(count), dtype=torch.float64)
+    gains = (correct.long() - baseline.long()).view(runs, count).sum(0)
+    # only how many images have each gain matters, so these counts are drawn, one after the other
+    left, images = torch.full((samples,), float(count), dtype=torch.float64), count
+    total = torch.zeros_like(left)
     generator = torch.Generator().manual_seed(seed)
-    gains = torch.binomial(draws, torch.full_like(draws, gained / count), generator=generator)
-    # of the images that are not gains, each is a loss with this chance
-    chance = lost / (count - gained) if gained < count else 0.0
-    losses = torch.binomial(draws - gains, torch.full_like(draws, chance), generator=generator)
-    return _interval((gains - losses) / count, level)
+    for gain, of_gain in zip(*(each.tolist() for each in gains.unique(return_counts=True))):
+        drawn = torch.binomial(left, torch.full_like(left, of_gain / images), generator=generator)
+        total += gain * drawn
+        left, images = left - drawn, images - of_gain
+    return _interval(total / (runs * count), level)
 
 
 # early exit
@@ -826,6 +869,13 @@ def choose_exit_entropy(
 
     Raises:
         ValueError: the lengths differ or are 0, or an entropy is not finite.
+
+    Example:
+        >>> entropy = torch.tensor([0.1, 0.2, 0.9, 1.5])
+        >>> original, joint = torch.tensor([True, True, True, False]), torch.tensor([True, True, True, True])
+        >>> threshold, exits = choose_exit_entropy(entropy, original, joint)
+        >>> f"{threshold:.2f} nats, {exits:.0%} exit"
+        '1.20 nats, 75% exit'
     """
     if not (entropy.shape == correct_original.shape == correct_joint.shape) or entropy.ndim != 1 or not len(entropy):
         raise ValueError("entropy, correct_original and correct_joint must be of one length, and not empty.")

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import evaluation
-from .model import S3N
+from .model import S3N, mean_answer
+from .response import resize_maps
 
-OUTPUTS = ("joint", "original", "discriminative", "complementary")
+OUTPUTS = ("joint", "mean", "original", "discriminative", "complementary")
 UNITS = (
-    "accuracies, rates, shares, their intervals and the calibration error in %; negative log likelihood in nats; "
+    "accuracies, rates, shares, their intervals and the calibration error in %; log likelihood and entropy in nats; "
     "magnification in areas of the warped image per area of the input; counts as such"
 )
 CALIBRATION = (
@@ -66,8 +67,9 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
         batch: `image` B×3×H×W, normalised, `label` B and `index` B; optionally what `carry_annotations` adds.
 
     Returns:
-        Tensors of B rows. Always: `index`, `label`, `logits` B×C of the prediction, and for each output of the model
-        `prediction_…` and `top5_…`, the label is among the five best. Of an S3N with sparse attention: `peaks`. With
+        Tensors of B rows. Always: `index`, `label`, `logits` B×C of the model's answer, and for that, as `answer`, and
+        each output of the model `prediction_…` and `top5_…`, the label is among the five best. Of an S3N: `mean`, the
+        answer of all its outputs together; with an O branch `entropy`, of its probabilities; with peaks `peaks`. With
         boxes: `boxed`; of an S3N `iou_…` and `normalized_iou_…` of each branch and, under `joint`, of their sum;
         `hits`; `object_…` and `background_…`, the magnification by each warp. With parts: `part_visible` and
         `part_measured` B×P; of an S3N `strongest` and `weakest`, the part next to that peak or -1; and
@@ -76,10 +78,11 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
     """
     image, label = batch["image"], batch["label"]
     seen = model.explain(image) if isinstance(model, S3N) else None
-    outputs = {"joint": model(image)} if seen is None else seen.logits._asdict()
+    outputs = {"joint": model(image)} if seen is None else dict(seen.logits._asdict(), mean=mean_answer(seen.logits))
     outputs = {name: logits.float() for name, logits in outputs.items() if logits is not None}
-    records = dict(index=batch["index"], label=label, logits=outputs["joint"])
-    for name, logits in outputs.items():
+    answer = outputs[model.answer if isinstance(model, S3N) else "joint"]
+    records = dict(index=batch["index"], label=label, logits=answer)
+    for name, logits in dict(outputs, answer=answer).items():
         # a stable order makes the first the same as that of argmax where logits are equal
         best = logits.argsort(dim=1, descending=True, stable=True)[:, :5]
         records[f"prediction_{name}"] = best[:, 0]
@@ -89,9 +92,13 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
         records["part_measured"] = batch["parts"][..., 2] > 0
     if seen is None or not isinstance(model, S3N):
         return records
+    if "original" in outputs:
+        records["entropy"] = torch.special.entr(outputs["original"].softmax(1)).sum(1)
 
     size, sample = image.shape[-2:], seen.sample
-    grids = {} if sample is None else {branch: getattr(sample, f"grid_{branch}") for branch in model.warped}
+    grids = {}
+    if sample is not None:  # a warped image may have another size than the input, to whose pixels scales refer
+        grids = {branch: _resize_grid(getattr(sample, f"grid_{branch}"), size) for branch in model.warped}
     peaks = None if sample is None or model.attention != "sparse" else sample.peaks
     if peaks is not None:
         records["peaks"] = peaks.sum((1, 2))
@@ -99,7 +106,7 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
         box = batch["box"]
         # the class is the model's, also where a branch alone would choose another
         maps = {branch: of_classes for branch, of_classes in seen.maps.items() if branch in outputs}
-        located = evaluation.localisation_maps(maps, grids, records["prediction_joint"], size)
+        located = evaluation.localisation_maps(maps, grids, records["prediction_answer"], size)
         located["joint"] = torch.stack(list(located.values())).sum(0)
         for name, both in located.items():
             for kind, found in zip(("iou", "normalized_iou"), both.unbind(1)):
@@ -123,6 +130,10 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
     return records
 
 
+def _resize_grid(grid: Tensor, size: Sequence[int]) -> Tensor:
+    return resize_maps(grid.movedim(-1, 1), (size[0], size[1])).movedim(1, -1)
+
+
 # figures of a split
 
 
@@ -142,6 +153,7 @@ def summarise(
         part_names: Sequence[str] = (),
         seed: int = 0,
         samples: int = 10_000,
+        exit_entropy: float | None = None,
 ) -> dict[str, Any]:
     """Make the figures of a split from the rows of its images.
 
@@ -150,14 +162,15 @@ def summarise(
         part_names: a name for each part.
         seed: of the bootstrap and of the halves that calibrate each other.
         samples: number of bootstrap samples.
+        exit_entropy: threshold of `s3n_timm.predict.predict`; what it does is told as `early_exit`.
 
     Returns:
         A nested dict of numbers, lists and None, for a figure that does not exist, in the units of `UNITS`:
-        `accuracy`, `calibration`, and where the model and the data have them `peaks`, `boxes`, `hits`, `localisation`,
-        `magnification` and `parts`.
+        `accuracy`, `calibration`, and where the model and the data have them `early_exit`, `peaks`, `boxes`, `hits`,
+        `localisation`, `magnification` and `parts`.
 
     Raises:
-        ValueError: there is no image, or a logit is not finite.
+        ValueError: there is no image, a logit is not finite, or the model has no O branch to exit from.
     """
     label, logits = records["label"], records["logits"]
     if not len(label):
@@ -168,6 +181,8 @@ def summarise(
         accuracy=_accuracy(records, seed, samples),
         calibration=_calibration(logits, label, seed),
     )
+    if exit_entropy is not None:
+        figures["early_exit"] = _early_exit(records, exit_entropy)
     if "peaks" in records:
         figures["peaks"] = _peaks(records["peaks"])
     if "boxed" in records:
@@ -203,6 +218,22 @@ def _accuracy(records: Records, seed: int, samples: int) -> dict[str, Any]:
             figures[name][kind] = 100 * _mean(right)
             figures[name][f"{kind}_interval"] = [100 * end for end in interval]
     return figures
+
+
+def _early_exit(records: Records, exit_entropy: float) -> dict[str, Any]:
+    """What `predict` answers, and how often the backbone reads an image of the size that it takes, on average."""
+    if "entropy" not in records:
+        raise ValueError("exit_entropy needs an S3N with the O branch.")
+    exits, label = records["entropy"] < exit_entropy, records["label"]
+    answers = torch.where(exits, records["prediction_original"], records["prediction_answer"])
+    warped = sum(f"prediction_{branch}" in records for branch in ("discriminative", "complementary"))
+    return dict(
+        exit_entropy=exit_entropy,
+        exited=100 * _mean(exits),
+        top1=100 * _mean(answers == label),
+        top1_without=100 * _mean(records["prediction_answer"] == label),
+        passes=1 + warped * _mean(~exits),
+    )
 
 
 def cross_calibrate(logits: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, list[float]]:
@@ -265,7 +296,7 @@ def _hits(records: Records) -> dict[str, Any]:
 
 def _localisation(records: Records) -> dict[str, Any]:
     boxed = records["boxed"]
-    correct = (records["prediction_joint"] == records["label"])[boxed]
+    correct = (records["prediction_answer"] == records["label"])[boxed]
     figures: dict[str, Any] = dict(images=int(boxed.sum()))
     for name in _outputs(records, "iou_"):
         figures[name] = {}

@@ -499,7 +499,7 @@ def test_confusions_by_hand():
     assert_close(evaluation.per_class_accuracy(labels, predictions, 4), [1 / 3, 0.5, 0.25, NAN])
     with pytest.raises(ValueError, match="predictions must lie in 0 to 2"):
         evaluation.per_class_accuracy(labels, labels + 1, 3)
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="of one length"):
         evaluation.confused_pairs(labels, labels[:2], 3)
     with pytest.raises(ValueError, match="k must be 0 or more"):
         evaluation.confused_pairs(labels, labels, 3, k=-1)
@@ -545,6 +545,21 @@ def test_intervals_match_a_bootstrap_that_draws_images():
     assert evaluation.bootstrap_difference(correct, baseline) == pytest.approx(paired, abs=0.011)
 
 
+def test_runs_of_one_image_are_drawn_together():
+    chance = torch.rand(3, 150, generator=seeded(3))
+    correct, baseline = chance < 0.7, torch.rand(3, 150, generator=seeded(4)) < 0.5
+    correct[1:] = correct[0]  # three runs that say the same are worth one
+    baseline[1:] = baseline[0]
+    one, three = (evaluation.bootstrap_difference(correct[:n], baseline[:n]) for n in (1, 3))
+    assert three == pytest.approx(one, abs=0.011)
+    assert one == evaluation.bootstrap_difference(correct[0], baseline[0])
+    correct = chance < 0.7
+    rows = torch.randint(150, (10_000, 150), generator=seeded(2))
+    gains = (correct.float() - baseline.float()).mean(0)
+    expected = gains[rows].mean(1).quantile(tensor([0.025, 0.975])).tolist()
+    assert evaluation.bootstrap_difference(correct, baseline) == pytest.approx(expected, abs=0.011)
+
+
 def test_differences_cancel_what_models_share():
     correct = torch.arange(1000) % 2 == 0
     assert evaluation.bootstrap_difference(correct, correct) == (0.0, 0.0)
@@ -569,7 +584,7 @@ def test_intervals_reject_wrong_arguments():
         evaluation.bootstrap_interval(correct, level=95)
     with pytest.raises(ValueError, match="samples must"):
         evaluation.bootstrap_interval(correct, samples=0)
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="both be N or S×N"):
         evaluation.bootstrap_difference(correct, correct[:2])
 
 
