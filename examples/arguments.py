@@ -17,8 +17,8 @@ RECIPES = Path(__file__).parent / "recipes"
 # what may differ between a run and the one that goes on from its checkpoint
 FREE_TO_CHANGE = frozenset((
     "output", "resume", "recipe", "epochs", "patience", "workers", "verify", "cpu_threads", "data_dir",
-    "pretrained_path", "checkpoint_every", "checkpoint_hist", "log_with", "batch_size", "grad_accum_steps",
-    "val_interval",
+    "pretrained_path", "checkpoint_every", "checkpoint_hist", "log_with", "val_interval",
+    "batch_size", "grad_accum_steps",  # their product must stay
 ))
 
 
@@ -82,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--warmup-epochs", type=int, default=0)
     train.add_argument("--decay-milestones", type=int, nargs="+", default=[], metavar="EPOCH")
     train.add_argument("--smoothing", type=float, default=0.0, help="label smoothing of every output")
+    train.add_argument("--distillation", type=float, default=0.0, help="weight of learning from all outputs together")
     train.add_argument("--grad-accum-steps", type=int, default=1)
     train.add_argument("--clip-grad", type=float, metavar="NORM")
     train.add_argument("--model-ema", action="store_true", help="average the weights, and evaluate both")
@@ -159,6 +160,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error("--streaming can't hold images out: give --val-split NAME or --val-fraction 0.")
     if args.plain and (args.branches != "O+D+C" or args.attention != "sparse"):
         parser.error("--plain has no branches and no attention: leave out --branches and --attention.")
+    if args.plain and args.distillation:
+        parser.error("--plain has one output and nobody to learn from: leave out --distillation.")
     if args.output.exists() and any(args.output.iterdir()) and not args.resume:
         parser.error(f"--output {args.output} is not empty: add --resume to continue, or choose another folder.")
 

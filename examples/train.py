@@ -44,6 +44,8 @@ def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accele
         options["pretrained_cfg_overlay"] = dict(file=args.pretrained_path)
     if args.plain:
         model = timm.create_model(args.backbone, **options, **args.model_kwargs.get("backbone_args", {}))
+        if num_classes != model.pretrained_cfg.get("num_classes"):
+            model.reset_classifier(num_classes)  # as S3N does, so that both start alike
     else:
         options.update(preset=args.preset, branches=args.branches, attention=args.attention)
         model = timm.create_model("s3n", backbone=args.backbone, **options, **args.model_kwargs)
@@ -317,7 +319,7 @@ def main() -> None:
     mixup = None
     if args.mixup or args.cutmix:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=len(names))
-    criterion = s3n_timm.S3NLoss(args.smoothing)
+    criterion = s3n_timm.S3NLoss(args.smoothing, args.distillation)
     groups = group_parameters(model, args)
     optimizer = create_optimizer_v2(groups, opt=args.opt, lr=args.lr, momentum=args.momentum)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -87,3 +87,30 @@ def test_every_output_receives_its_gradient():
 def test_errors_name_the_argument(smoothing):
     with pytest.raises(ValueError, match="smoothing"):
         S3NLoss(smoothing)
+
+
+def test_distillation_draws_every_branch_to_what_all_say():
+    outputs = logits()
+    together = torch.stack([output.softmax(1) for output in outputs]).prod(0) ** (1 / 4)
+    together = together / together.sum(1, keepdim=True)
+    expected = S3NLoss()(outputs, TARGET)
+    for output in outputs[1:]:
+        for p, q in zip(together, output.softmax(1)):
+            expected = expected + 0.5 / 3 * sum(p[c] * (p[c] / q[c]).log() for c in range(4))
+    torch.testing.assert_close(S3NLoss(distillation=0.5)(outputs, TARGET), expected, rtol=1e-5, atol=0)
+    agreed = S3NLogits(*[outputs.joint] * 4)
+    torch.testing.assert_close(S3NLoss(distillation=5)(agreed, TARGET), S3NLoss()(agreed, TARGET), rtol=1e-5, atol=0)
+
+
+def test_nobody_teaches_the_fusion_layer():
+    outputs = S3NLogits(*(output.requires_grad_() for output in logits()))
+    gradients = torch.autograd.grad(S3NLoss(distillation=1)(outputs, TARGET), outputs)
+    alone = torch.autograd.grad(S3NLoss()(outputs, TARGET), outputs)
+    torch.testing.assert_close(gradients[0], alone[0])
+    assert all((gradients[i] - alone[i]).abs().max() > 1e-3 for i in (1, 2, 3))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_distillation_is_refused(weight):
+    with pytest.raises(ValueError, match="distillation must be a weight of at least 0"):
+        S3NLoss(distillation=weight)

@@ -16,7 +16,9 @@ from scripts import EXAMPLES, largest_difference, train, weights
 import s3n_timm
 
 sys.path.insert(0, str(EXAMPLES))
+from accelerate import Accelerator
 from arguments import RECIPES, parse_args
+from train import create_model
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +293,9 @@ def test_an_image_of_two_splits_is_named_before_the_first_step(tmp_path):
 
 def test_a_full_output_folder_is_not_overwritten(trained):
     assert "is not empty" in train("--output", trained[0], ok=False)
+
+
+def test_a_plain_baseline_starts_as_s3n_does():
+    args = parse_args(["--backbone", "mobilenetv2_035", "--plain", "--output", "nowhere"])
+    classifier = create_model(args, 50, Accelerator(cpu=True)).get_classifier()
+    assert classifier.weight.detach().abs().max() * classifier.in_features**0.5 == pytest.approx(1, rel=0.02)
