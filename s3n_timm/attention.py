@@ -1,5 +1,7 @@
 """Gaussian attention around peaks, summed into sampling maps (paper eq. 5 to 7)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,14 @@ def sampling_map(
         B×G×G sampling map Q, float32.
 
     Raises:
-        ValueError: shapes differ, or `branch` is unknown.
+        ValueError: shapes differ, `branch` is unknown, `floor` is not positive, or a number β is 0 or not finite.
+
+    Example:
+        >>> response = torch.zeros(1, 31, 31)
+        >>> response[0, 15, 20] = 1.0
+        >>> q = sampling_map(response, response, beta=3.9)
+        >>> f"{q[0, 15, 20]:.2f} at the peak, {q[0, 0, 0]:.2f} far from it"
+        '1.09 at the peak, 0.09 far from it'
     """
     if branch not in ("discriminative", "complementary"):
         raise ValueError(f"branch must be 'discriminative' or 'complementary', got {branch!r}.")
@@ -49,8 +58,13 @@ def sampling_map(
         raise ValueError(
             f"response and weights must both be B×G×G, got {tuple(response.shape)} and {tuple(weights.shape)}."
         )
-    value = response.detach().float().clamp_min(MIN_PEAK)
+    if not 0 < floor < math.inf:
+        raise ValueError(f"floor must be positive and finite, got {floor}.")
+    if not isinstance(beta, Tensor) and (beta == 0 or not math.isfinite(beta)):
+        raise ValueError(f"beta must be a width in cells, finite and not 0, got {beta}.")
     weights = weights.detach().float()
+    # where there is no peak any value does; a small one would have exponentials underflow, which CPUs are slow at
+    value = torch.where(weights > 0, response.detach().float(), 1.0).clamp_min(MIN_PEAK)
     height = weights * value if branch == "discriminative" else weights / value
     beta = torch.as_tensor(beta, dtype=torch.float32, device=value.device)
     falloff = -1 / (value * beta.square()).clamp_min(MIN_SPREAD)

@@ -183,6 +183,43 @@ def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.training = training
 
 
+def explain_refusal(images: object, backbone: Backbone, channels: int, error: Exception) -> Exception | None:
+    """Say why a backbone could not read images, where that was the images' fault; None where it was not.
+
+    Asked after the fact, so that reading costs nothing and no image is refused that a backbone can read.
+
+    Args:
+        images: what should have been B×C×H×W.
+        backbone: the model that failed.
+        channels: C that it was built for.
+        error: what it said.
+    """
+    if not isinstance(images, Tensor):
+        return TypeError(f"images must be a tensor of B×{channels}×H×W, got {type(images).__name__}.")
+    shape = tuple(images.shape)
+    if images.ndim != 4:
+        hint = " Add a batch dimension: x[None]." if images.ndim == 3 else ""
+        return ValueError(f"images must be B×{channels}×H×W, got {shape}.{hint}")
+    if shape[1] != channels:
+        return ValueError(f"images must have the {channels} channels that the model was built for, got {shape}.")
+    if 0 in shape[2:]:
+        return ValueError(f"images have no pixel: their shape is {shape}.")
+    if not images.is_floating_point():
+        return TypeError(f"images must be floats, normalised as the model's data config says, got {images.dtype}.")
+    weights = [weight for weight in backbone.parameters() if weight.is_floating_point()]
+    devices = {weight.device for weight in weights}
+    if images.device not in devices:
+        return ValueError(f"images are on {images.device} and the model on {next(iter(devices))}: move either.")
+    dtypes = {weight.dtype for weight in weights}
+    if images.dtype not in dtypes and not torch.is_autocast_enabled(images.device.type):
+        return TypeError(f"images are {images.dtype} and the weights {next(iter(dtypes))}: convert either.")
+    infos = getattr(backbone, "feature_info", None)
+    cell = infos[-1].get("reduction", 32) if infos else 32
+    if isinstance(error, AssertionError) or not shape[0] or min(shape[2:]) < cell:
+        return ValueError(f"this backbone cannot read images of shape {shape}: {error}")
+    return None
+
+
 def features_to_map(features: Tensor, head: Head, size: Sequence[int]) -> Tensor:
     """Bring what forward_features() gives to B×D×h×w.
 

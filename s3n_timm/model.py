@@ -17,6 +17,7 @@ from .backbone import (
     Backbone,
     backbone_response_maps,
     classify,
+    explain_refusal,
     features_from_map,
     features_to_map,
     hidden_maps,
@@ -41,7 +42,7 @@ ANSWERS = ("joint", "mean")
 MAX_GRID = 255  # sparse attention holds G³ numbers for an image: 66 MB here
 MAX_CLASSES = 65_536  # three times ImageNet-21k: the classifiers of a ResNet-50 then take 3.2 GB
 MAX_CHANNELS = 1_024  # of an image; hyperspectral cameras give some hundred
-MAX_SIDE = 65_536  # pixels of an image that is scanned or zoomed
+MAX_SIDE = 65_536  # pixels of an image: it is resized, scanned or zoomed to them
 MAX_BUILT_SIZE = 2_048  # pixels a side that a backbone is built for: a ViT/16 then reads 16,384 tokens
 MAX_EPOCHS = 1_000_000
 # in cells or in units of attention: float32 loses smaller and larger ones, or their squares, to 0 and infinity
@@ -125,8 +126,8 @@ class S3N(nn.Module):
             is by default. Not the paper's, nor are the next three.
         zoom_size: pixels of the warped images, which are sampled from the input at its full resolution, see `zoom`.
         branch_norm: statistics of each branch's own in the backbone's batch norms, see `split_statistics`.
-        answer: `"joint"`, the fusion layer's logits, or `"mean"`: in eval mode the logarithm of the mean of the
-            probabilities of all outputs, the branches' and the fusion layer's.
+        answer: `"joint"`, the fusion layer's logits, or `"mean"`: in eval mode the geometric mean of the probabilities
+            of all outputs, the branches' and the fusion layer's, see `mean_answer`.
         global_pool: `"avg"`, or `""` with `num_classes=0` for unpooled features.
         img_size: input size for backbones that are built for one.
         drop_rate: dropout before the classifiers.
@@ -136,6 +137,14 @@ class S3N(nn.Module):
     Raises:
         ValueError: an argument is unknown or out of range, or the backbone has no class response maps
             (`NoResponseMap`, with the reason).
+
+    Example:
+        >>> model = S3N("test_resnet", num_classes=5).eval()
+        >>> model(torch.rand(2, 3, 96, 96)).shape
+        torch.Size([2, 5])
+        >>> seen = model.explain(torch.rand(2, 3, 96, 96))
+        >>> seen.sample.complementary.shape, seen.maps["original"].shape
+        (torch.Size([2, 3, 96, 96]), torch.Size([2, 5, 3, 3]))
     """
 
     backbone: Backbone
@@ -189,7 +198,7 @@ class S3N(nn.Module):
             gate_scores=gate_scores,
         )
         chosen = {name: PRESETS[preset][name] if value is None else value for name, value in given.items()}
-        grid = _read_grid(grid_size)
+        grid = _read_pair("grid_size", grid_size, MAX_GRID, "one number or (rows, columns)")
         cells = math.sqrt(grid[0] * grid[1])
         beta_discriminative = math.sqrt(2) * 0.09 * cells if beta_discriminative is None else beta_discriminative
         beta_complementary = math.sqrt(2) * 0.3 * cells if beta_complementary is None else beta_complementary
@@ -328,8 +337,20 @@ class S3N(nn.Module):
     # the forward path, in the order of figure 2
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Backbone features S of X: B×3×H×W images to B×D×h×w, whatever the backbone's own layout."""
-        return self.read(x if self.scan_size is None else scan(x, self.scan_size), ("original",))
+        """Backbone features S of X: B×3×H×W images to B×D×h×w, whatever the backbone's own layout.
+
+        Raises:
+            TypeError: the images are no floats, or not of the weights' precision.
+            ValueError: their shape, size or device is not what the backbone reads. A NaN or infinite pixel is not
+                looked for, which would hold up the device: it makes the answers to its own image NaN, and no others.
+        """
+        try:
+            return self.read(x if self.scan_size is None else scan(x, self.scan_size), ("original",))
+        except Exception as error:
+            refusal = explain_refusal(x, self.backbone, self.in_chans, error)
+            if refusal is None:
+                raise
+            raise refusal from error
 
     def read(self, images: Tensor, branches: Sequence[str]) -> Tensor:
         """Backbone features of the images of some branches, one branch after the other in the batch."""
@@ -421,12 +442,14 @@ class S3N(nn.Module):
             self,
             x: Tensor,
             original: Tensor | None = None,
+            keep_sample: bool = True,
     ) -> tuple[S3NLogits, SelectiveSample | None, dict[str, Tensor]]:
         """Logits of every branch and of their fusion, the sample, and each branch's B×D×h×w features.
 
         Args:
             x: B×3×H×W images.
             original: their `forward_features`, where those are known already.
+            keep_sample: give the sample; without it its grids and images are not held while the backbone reads.
         """
         features = {"original": self.forward_features(x) if original is None else original}
         hidden = {"original": self.pool(features["original"])}
@@ -434,7 +457,9 @@ class S3N(nn.Module):
         sample = None
         if self.warped:
             sample = self.sample(x, features["original"], logits["original"])
-            warped = self.read(torch.cat([getattr(sample, branch) for branch in self.warped]), self.warped)
+            images = torch.cat([getattr(sample, branch) for branch in self.warped])
+            sample = sample if keep_sample else None
+            warped = self.read(images, self.warped)
             # chunk() would tie the number of branches to a batch size that is not known when exported
             parts = warped.unflatten(0, (len(self.warped), x.shape[0]))
             for i, branch in enumerate(self.warped):
@@ -449,11 +474,15 @@ class S3N(nn.Module):
     def forward(self, x: Tensor) -> Tensor | S3NLogits:
         if self.num_classes == 0:
             return self.forward_head(self.forward_features(x))
-        logits, _, _ = self.forward_branches(x)
+        logits, _, _ = self.forward_branches(x, keep_sample=False)
         wants_branches = self.training if self._branch_logits is None else self._branch_logits
         if wants_branches:
             return logits
-        return logits.joint if self.training or self.answer == "joint" else mean_answer(logits)
+        return logits.joint if self.training else self.decide(logits)
+
+    def decide(self, logits: S3NLogits) -> Tensor:
+        """The B×C logits that are the prediction, by `answer`."""
+        return logits.joint if self.answer == "joint" else mean_answer(logits)
 
     @torch.no_grad()
     def explain(self, x: Tensor) -> Explanation:
@@ -597,9 +626,12 @@ class S3N(nn.Module):
 
 
 def mean_answer(logits: S3NLogits) -> Tensor:
-    """Logarithm of the mean of the probabilities of all outputs: B×C log-probabilities, a logit each as well."""
+    """What all outputs agree on: B×C logarithms of the geometric mean of their probabilities, scaled to add up to 1.
+
+    It beat the arithmetic mean in most runs on validation images of CUB (examples/results/README.md).
+    """
     known = [each.float().log_softmax(1) for each in logits if each is not None]
-    return torch.stack(known).logsumexp(0) - math.log(len(known))
+    return torch.stack(known).mean(0).log_softmax(1)
 
 
 def _build_backbone(
@@ -632,6 +664,8 @@ def _build_backbone(
                 **kwargs,
                 **args,
             )
+            # starts as nn.Linear does: EfficientNet's own start is so wide that response maps are noise for an epoch
+            model.reset_classifier(max(num_classes, 1))
         except Exception as error:  # timm's constructors hardly check: a wrong argument fails anywhere and anyhow
             given = {name: value for name, value in {**kwargs, **args}.items() if value is not None}
             raise ValueError(
@@ -701,25 +735,13 @@ def check_count(name: str, value: Any, low: int, high: int) -> None:
         raise ValueError(f"{name} must be a whole number from {low} to {high}, got {reprlib.repr(value)}.")
 
 
+def _read_pair(name: str, value: Any, most: int, form: str) -> tuple[int, int]:
+    """Read one number, or one for rows and one for columns, as a pair."""
+    pair = (value, value) if isinstance(value, Integral) else value
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_count(side, 2, most) for side in pair)):
+        raise ValueError(f"{name} must be {form}, each from 2 to {most}, got {reprlib.repr(value)}.")
+    return int(pair[0]), int(pair[1])
+
+
 def _read_size(name: str, size: Any) -> tuple[int, int] | None:
-    """Read pixels, one number or (H, W), as a pair."""
-    pair = (size, size) if isinstance(size, Integral) else size
-    if pair is None:
-        return None
-    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_count(side, 2, MAX_SIDE) for side in pair)):
-        raise ValueError(
-            f"{name} must be pixels, one number or (H, W), each from 2 to {MAX_SIDE}, got {reprlib.repr(size)}."
-        )
-    return int(pair[0]), int(pair[1])
-
-
-def _read_grid(grid_size: Any) -> tuple[int, int]:
-    """Read G, or (rows, columns), as a pair."""
-    pair = (grid_size, grid_size) if isinstance(grid_size, Integral) else grid_size
-    sides = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_count(side, 2, MAX_GRID) for side in pair)
-    if not sides:
-        raise ValueError(
-            f"grid_size must be one number or (rows, columns), each from 2 to {MAX_GRID}, got "
-            f"{reprlib.repr(grid_size)}."
-        )
-    return int(pair[0]), int(pair[1])
+    return None if size is None else _read_pair(name, size, MAX_SIDE, "pixels, one number or (H, W)")

@@ -22,10 +22,16 @@ def find_peaks(response: Tensor, window: int = 3, floor: str = "mean") -> Tensor
         B×G×G boolean mask.
 
     Raises:
-        ValueError: `response` is not B×G×G, `window` is even, or `floor` is unknown.
+        ValueError: `response` is not B×G×G or has no cell, `window` is even, or `floor` is unknown.
+
+    Example:
+        >>> response = torch.zeros(1, 5, 5)
+        >>> response[0, 1, 1], response[0, 3, 4] = 1.0, 0.6
+        >>> find_peaks(response).nonzero().tolist()
+        [[0, 1, 1], [0, 3, 4]]
     """
-    if response.ndim != 3:
-        raise ValueError(f"response must be B×G×G, got {response.ndim} dimensions.")
+    if response.ndim != 3 or 0 in response.shape[1:]:
+        raise ValueError(f"response must be B×G×G with at least one cell, got {tuple(response.shape)}.")
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be a positive odd number of cells, got {window}.")
     if floor not in ("mean", "none"):
@@ -66,12 +72,19 @@ def partition_peaks(
         Two B×G×G weight maps, for T_d and T_c, zero off the peaks.
 
     Raises:
-        ValueError: `mode` is unknown, or the shapes differ.
+        ValueError: `mode` is unknown, or the shapes differ or are not B×G×G.
+
+    Example:
+        >>> response = torch.tensor([[[1.0, 0.0], [0.0, 0.25]]])
+        >>> strong, weak = partition_peaks(response, response > 0, "expected")
+        >>> strong.tolist(), weak.tolist()
+        ([[[1.0, 0.0], [0.0, 0.25]]], [[[0.0, 0.0], [0.0, 0.75]]])
     """
     if mode not in PARTITION_MODES:
         raise ValueError(f"mode must be one of {', '.join(PARTITION_MODES)}, got {mode!r}.")
-    if response.shape != peaks.shape:
-        raise ValueError(f"response and peaks must have one shape, got {tuple(response.shape)}, {tuple(peaks.shape)}.")
+    if response.shape != peaks.shape or response.ndim != 3 or 0 in response.shape[1:]:
+        shapes = f"{tuple(response.shape)} and {tuple(peaks.shape)}"
+        raise ValueError(f"response and peaks must both be B×G×G with at least one cell, got {shapes}.")
     present = peaks.to(response.dtype)
     if mode == "all":
         return present, present

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .model import S3N, mean_answer
+from .model import S3N
 
 
 class Prediction(NamedTuple):
@@ -34,7 +34,15 @@ def predict(model: S3N, batches: Iterable[Tensor], *, exit_entropy: float | None
         A `Prediction` for each batch.
 
     Raises:
-        ValueError: the model is in train mode, has no classes, or has no O branch to exit from.
+        TypeError: images are no floats, or not of the weights' precision.
+        ValueError: the model is in train mode, has no classes, or has no O branch to exit from; `exit_entropy` is no
+            entropy; or images are not B×3×H×W of one size and finite.
+
+    Example:
+        >>> model = S3N("test_resnet", num_classes=5).eval()
+        >>> for prediction in predict(model, [torch.rand(4, 3, 96, 96)], exit_entropy=0.5):
+        ...     print(prediction.probabilities.shape, prediction.exited.shape)
+        torch.Size([4, 5]) torch.Size([4])
     """
     if model.training:
         raise ValueError("predict needs a model in eval mode: call model.eval() first.")
@@ -42,6 +50,8 @@ def predict(model: S3N, batches: Iterable[Tensor], *, exit_entropy: float | None
         raise ValueError("predict needs a classifier: this model has num_classes=0.")
     if "O" not in model.branches:
         raise ValueError(f"predict needs the O branch, and this model has branches={model.branches!r}.")
+    if exit_entropy is not None and not exit_entropy >= 0:
+        raise ValueError(f"exit_entropy must be at least 0 nats, got {exit_entropy}.")
     waiting: list[Prediction] = []  # batches in order, not all of whose images are answered
     images: list[Tensor] = []  # unsure ones, their features and their (batch, image) places, in one order
     features: list[Tensor] = []
@@ -49,15 +59,19 @@ def predict(model: S3N, batches: Iterable[Tensor], *, exit_entropy: float | None
 
     def answer(count: int) -> None:
         """Ask all branches about the first unsure images."""
-        logits, _, _ = model.forward_branches(torch.stack(images[:count]), torch.stack(features[:count]))
-        joint = logits.joint.float().log_softmax(1) if model.answer == "joint" else mean_answer(logits)
-        for (batch, i), row in zip(places[:count], joint.exp()):
+        unsure, known = torch.stack(images[:count]), torch.stack(features[:count])
+        logits, _, _ = model.forward_branches(unsure, known, keep_sample=False)
+        for (batch, i), row in zip(places[:count], model.decide(logits).float().softmax(1)):
             batch.probabilities[i] = row
         del images[:count], features[:count], places[:count]
 
     for x in batches:
         with torch.inference_mode():
             original = model.forward_features(x)
+            if not x.isfinite().all():
+                raise ValueError("images hold NaN or infinite values: look at the file and the std.")
+            if images and images[0].shape != x.shape[1:]:
+                raise ValueError(f"images must be of one size, got {tuple(images[0].shape)} and {tuple(x.shape[1:])}.")
             own = model.classify_backbone(original, model.pool(original)).float().softmax(1)
             entropy = torch.special.entr(own).sum(1)
             exited = torch.zeros_like(entropy, dtype=torch.bool) if exit_entropy is None else entropy < exit_entropy
@@ -67,7 +81,7 @@ def predict(model: S3N, batches: Iterable[Tensor], *, exit_entropy: float | None
             images += x[~exited].unbind(0)
             features += original[~exited].unbind(0)
             places += [(batch, i) for i in unsure]
-            while len(places) >= len(x):
+            while len(x) and len(places) >= len(x):
                 answer(len(x))
         open_batches = {id(batch) for batch, _ in places}
         while waiting and id(waiting[0]) not in open_batches:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .download import verified_cfg
-from .model import MAX_CHANNELS, MAX_CLASSES, S3N, check_count
+from .model import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, S3N, check_count
 from .norm import STATISTICS
 
 _logger = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def _check_cfg(cfg: Mapping[str, Any]) -> None:
         size = given.get(name, (1, 1, 1))
         if not isinstance(size, (tuple, list)) or len(size) != 3:
             refuse(name, "(channels, rows, columns)")
-        for value, most in zip(size, (MAX_CHANNELS, _MAX_PIXELS, _MAX_PIXELS)):
+        for value, most in zip(size, (MAX_CHANNELS, MAX_SIDE, MAX_SIDE)):
             check_count(f"pretrained_cfg: {name}", value, 1, most)
     for name in ("mean", "std"):
         values = given.get(name, ())
@@ -255,7 +255,6 @@ def _check_cfg(cfg: Mapping[str, Any]) -> None:
             raise ValueError(f"pretrained_cfg: label_names has {len(labels)} names for {classes} classes.")
 
 
-_MAX_PIXELS = 65_536  # a side; only what is shown to the model is resized to it
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 
 

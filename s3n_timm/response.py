@@ -19,11 +19,21 @@ def class_response_maps(features: Tensor, classifier: nn.Linear | nn.Conv2d | Te
         B×C×h×w class response maps.
 
     Raises:
-        ValueError: `features` is not 4-D, or its width is not the classifier's.
+        ValueError: `features` is not 4-D or has no position, or its width is not the classifier's.
+
+    Example:
+        >>> features, classifier = torch.rand(2, 8, 7, 7), torch.nn.Linear(8, 3)
+        >>> maps = class_response_maps(features, classifier)
+        >>> torch.allclose(maps.mean((2, 3)), classifier(features.mean((2, 3))), atol=1e-5)
+        True
     """
     if features.ndim != 4:
         raise ValueError(f"features must be B×D×h×w, got {features.ndim} dimensions.")
+    if 0 in features.shape[2:]:
+        raise ValueError(f"features have no position: their shape is {tuple(features.shape)}.")
     weight, bias = (classifier, None) if isinstance(classifier, Tensor) else (classifier.weight, classifier.bias)
+    if weight.ndim < 2:
+        raise ValueError(f"the classifier's weight must be C×D, got {tuple(weight.shape)}.")
     weight = weight.flatten(1)
     if features.shape[1] != weight.shape[1]:
         raise ValueError(f"features have {features.shape[1]} channels but the classifier reads {weight.shape[1]}.")
@@ -47,10 +57,15 @@ def gate_weights(scores: Tensor, threshold: float = 0.2, topk: int = 5, gate: st
         B×C weights, 0 or 1: a response is their product with the maps.
 
     Raises:
-        ValueError: `scores` is not B×C, `topk` is not positive, or `gate` is unknown.
+        ValueError: `scores` is not B×C with a class, `topk` is not positive, or `gate` is unknown.
+
+    Example:
+        >>> gate_weights(torch.tensor([[9.0, 0.0, 0.0], [1.0, 0.9, 0.0]]), topk=2)
+        tensor([[1., 0., 0.],
+                [1., 1., 0.]])
     """
-    if scores.ndim != 2:
-        raise ValueError(f"scores must be B×C, got {scores.ndim} dimensions.")
+    if scores.ndim != 2 or not scores.shape[1]:
+        raise ValueError(f"scores must be B×C with at least one class, got {tuple(scores.shape)}.")
     if topk < 1:
         raise ValueError(f"topk must be at least 1, got {topk}.")
     if gate not in ("paper", "renormalised"):
@@ -119,7 +134,17 @@ def normalize_response(response: Tensor) -> Tensor:
 
     Returns:
         B×h×w float32 response; all zeros where the response is constant.
+
+    Raises:
+        ValueError: `response` is not B×h×w, or has no cell.
+
+    Example:
+        >>> normalize_response(torch.tensor([[[2.0, 4.0], [3.0, 2.0]]]))
+        tensor([[[0.0000, 1.0000],
+                 [0.5000, 0.0000]]])
     """
+    if response.ndim != 3 or 0 in response.shape[1:]:
+        raise ValueError(f"response must be B×h×w with at least one cell, got {tuple(response.shape)}.")
     response = response.float()
     low = response.amin(dim=(1, 2), keepdim=True)
     span = response.amax(dim=(1, 2), keepdim=True) - low

@@ -32,6 +32,11 @@ def _axis_filters(cells: int, fwhm: float, device: torch.device) -> tuple[Tensor
     return kernel @ source, (kernel * offset / (cells - 1)) @ source
 
 
+def _interpolation(cells: int, size: int, device: torch.device) -> Tensor:
+    """Linear interpolation from cells to pixels with aligned corners, as a size×cells matrix."""
+    return F.interpolate(torch.eye(cells, device=device)[None], size=size, mode="linear", align_corners=True)[0].T
+
+
 def _filter_dense(sampling_map: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """k ∗ Q, k ∗ (Q·(u - u_i)) and k ∗ (Q·(v - v_i)) for a kernel that is not separable, by plain convolution."""
     rows, columns = sampling_map.shape[1:]
@@ -69,10 +74,20 @@ def warp_grid(
         B×H×W×2 grid of (x, y) in [-1, 1], the corners' centres at ±1.
 
     Raises:
-        ValueError: `sampling_map` is not B×G×G with G >= 2, or `kernel` does not fit it.
+        ValueError: `sampling_map` is not B×G×G with G >= 2, `size` has no pixel, `fwhm` is not positive and finite,
+            or `kernel` does not fit the map.
+
+    Example:
+        >>> uniform = warp_grid(torch.ones(1, 31, 31), size=(5, 5))
+        >>> torch.allclose(uniform[0, 0, :, 0], torch.linspace(-1, 1, 5), atol=1e-5)
+        True
     """
     if sampling_map.ndim != 3 or min(sampling_map.shape[1:]) < 2:
         raise ValueError(f"sampling_map must be B×G×G with at least 2 cells a side, got {tuple(sampling_map.shape)}.")
+    if min(size) < 1:
+        raise ValueError(f"size must be (H, W) of at least one pixel a side, got {tuple(size)}.")
+    if not 0 < fwhm < math.inf:
+        raise ValueError(f"fwhm must be positive and finite, got {fwhm}.")
     q = sampling_map.float()
     rows, columns = q.shape[1:]
     if kernel is None:
@@ -86,7 +101,9 @@ def warp_grid(
     x = torch.linspace(-1, 1, columns, device=q.device)
     y = torch.linspace(-1, 1, rows, device=q.device)[:, None]
     grid = torch.stack([x + 2 * f / mass, y + 2 * g / mass], dim=1).clamp(-1, 1)
-    return F.interpolate(grid, size=tuple(size), mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+    # bilinear with aligned corners, as two products: forward and backward are faster so than F.interpolate
+    to_rows, to_columns = (_interpolation(*sides, q.device) for sides in zip(q.shape[1:], size))
+    return (to_rows @ grid @ to_columns.T).permute(0, 2, 3, 1)
 
 
 def resample(image: Tensor, grid: Tensor) -> Tensor:
@@ -98,7 +115,15 @@ def resample(image: Tensor, grid: Tensor) -> Tensor:
 
     Returns:
         B×3×H'×W' in the image's dtype, computed in float32.
+
+    Raises:
+        ValueError: the shapes are others, or of different batch sizes, or the image has no pixel.
     """
+    fit = image.ndim == grid.ndim == 4 and image.shape[0] == grid.shape[0] and grid.shape[3] == 2
+    if not fit or 0 in image.shape[1:]:
+        raise ValueError(
+            f"image must be B×C×H×W and grid B×H'×W'×2, got {tuple(image.shape)} and {tuple(grid.shape)}."
+        )
     warped = F.grid_sample(image.float(), grid.float(), mode="bilinear", padding_mode="zeros", align_corners=True)
     return warped.to(image.dtype)
 
@@ -161,8 +186,8 @@ def sample_response(
         raise ValueError(f"peak_floor must be 'mean' or 'none', got {peak_floor!r}.")
     if isinstance(branches, str) or not set(branches) <= set(BRANCHES):
         raise ValueError(f"branches must be a sequence of {' and '.join(BRANCHES)}, got {branches!r}.")
-    if not (floor > 0 and fwhm > 0):
-        raise ValueError(f"floor and fwhm must be positive, got {floor} and {fwhm}.")
+    if not (0 < floor < math.inf and 0 < fwhm < math.inf):
+        raise ValueError(f"floor and fwhm must be positive and finite, got {floor} and {fwhm}.")
     grid_size = as_grid(grid_size)
     images: dict[str, Tensor] = {}
     grids: dict[str, Tensor] = {}
@@ -243,12 +268,21 @@ def selective_sample(
 
     Raises:
         ValueError: a shape or an option is wrong; the message names the argument.
+
+    Example:
+        >>> image, maps, scores = torch.rand(2, 3, 64, 64), torch.rand(2, 10, 7, 7), torch.rand(2, 10)
+        >>> sample = selective_sample(
+        ...     image, maps, scores, mode="expected", beta_discriminative=3.9, beta_complementary=13.2)
+        >>> sample.discriminative.shape, sample.grid_discriminative.shape, sample.response.shape
+        (torch.Size([2, 3, 64, 64]), torch.Size([2, 64, 64, 2]), torch.Size([2, 31, 31]))
     """
     if image.ndim != 4 or maps.ndim != 4 or image.shape[0] != maps.shape[0]:
         raise ValueError(
             f"image must be B×3×H×W and maps B×C×h×w of one batch size, got {tuple(image.shape)} and "
             f"{tuple(maps.shape)}."
         )
+    if 0 in maps.shape[1:] or 0 in image.shape[1:]:
+        raise ValueError(f"image and maps must not be empty, got {tuple(image.shape)} and {tuple(maps.shape)}.")
     grid_size = as_grid(grid_size)
     with torch.autocast(image.device.type, enabled=False):
         maps = maps.detach().float()

@@ -47,7 +47,7 @@ def zoom(source: Tensor, grid: Tensor) -> Tensor:
     """Read an image at a grid of another size, each place at the resolution that its step asks for.
 
     Between the two of its copies, each half of the one before, whose pixels are nearest in size to the step, values
-    are blended: the trilinear filter of textures. Where the source has no more pixels than the grid this is `resample`.
+    are blended: the trilinear filter of textures. A source with no more pixels than the grid is read as it is.
 
     Args:
         source: B×C×H×W.
@@ -61,8 +61,6 @@ def zoom(source: Tensor, grid: Tensor) -> Tensor:
     halvings = max(0, math.ceil(math.log2(ratio)))
     copy = source.float()
     grid = grid.float().expand(source.shape[0], -1, -1, -1)
-    if halvings == 0:
-        return F.grid_sample(copy, grid, padding_mode="zeros", align_corners=True).to(source.dtype)
     # 0 reads the source itself, 1 the first half
     depth = grid_steps(grid, size).clamp_min(1).log2().clamp_max(halvings)[:, None]
     pixels = (grid + 1) / 2 * (torch.tensor(size, device=grid.device).flip(0) - 1)

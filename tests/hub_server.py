@@ -198,13 +198,19 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.repositories[name] = Repository(private)
         return self.answer(200, dict(url=url, name=name))
 
-    def info(self, repo: str, revision: str = "main") -> None:
+    def find(self, repo: str, revision: str) -> tuple[Repository, str] | None:
+        """A repository that this client may read and its commit; None once it has been refused."""
         repository = self.readable(repo)
-        if repository is None:
+        commit = repository.resolve(revision) if repository else None
+        if repository and commit is None:
+            self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return (repository, commit) if repository and commit else None
+
+    def info(self, repo: str, revision: str = "main") -> None:
+        found = self.find(repo, revision)
+        if found is None:
             return None
-        commit = repository.resolve(revision)
-        if commit is None:
-            return self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        repository, commit = found
         siblings = [dict(rfilename=name) for name in repository.commits[commit]]
         answer = dict(id=repo, modelId=repo, sha=commit, private=repository.private, siblings=siblings, tags=[])
         return self.answer(200, answer)
@@ -296,12 +302,10 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, dict(success=True, commitOid=commit, commitUrl=url, hookOutput=""))
 
     def resolve(self, repo: str, revision: str, file: str) -> None:
-        repository = self.readable(repo)
-        if repository is None:
+        found = self.find(repo, revision)
+        if found is None:
             return None
-        commit = repository.resolve(revision)
-        if commit is None:
-            return self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        repository, commit = found
         blob = repository.commits[commit].get(file)
         if blob is None:
             message = "Entry not found"

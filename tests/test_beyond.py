@@ -7,6 +7,7 @@ from torch import nn
 
 import s3n_timm
 from s3n_timm import S3N, resample, warp_grid
+from s3n_timm.measure import measure_batch
 from s3n_timm.model import mean_answer
 from s3n_timm.zoom import grid_steps, identity_grid, scan, zoom
 
@@ -91,6 +92,17 @@ def test_sizes_of_the_input_change_nothing():
         torch.testing.assert_close(build(scan_size=128, zoom_size=128).eval()(x), build().eval()(x), rtol=0, atol=2e-3)
 
 
+def test_measures_do_not_depend_on_the_size_of_the_warped_images():
+    """Scales and maps refer to the input, in which the same warp magnifies the same places."""
+    boxes, parts = torch.tensor([[20.0, 30.0, 100.0, 90.0]] * 3), torch.tensor([[[60.0, 60.0, 1.0]]] * 3)
+    batch = dict(image=images(), label=torch.zeros(3).long(), index=torch.arange(3), box=boxes, parts=parts)
+    same, half = (measure_batch(build(zoom_size=size).eval(), batch) for size in (None, 64))
+    for branch in ("discriminative", "complementary"):
+        for name in (f"object_{branch}", f"background_{branch}", f"part_magnification_{branch}"):
+            torch.testing.assert_close(half[name], same[name], rtol=0.05, atol=0)
+        assert half[f"iou_{branch}"].shape == (3,)
+
+
 def test_an_image_without_peaks_is_not_warped():
     """All branches then read one image, so that the head on its features alone says the same."""
     model = build(scan_size=64, zoom_size=64).eval()
@@ -125,8 +137,6 @@ def test_branches_share_weights_but_not_statistics():
 def test_statistics_are_those_of_the_branchs_images():
     model = build(branch_norm=True, partition_train="expected").train()
     sample = []
-    hook = model.backbone.register_forward_pre_hook(lambda *_: None)
-    hook.remove()
     read = model.read
     model.read = lambda batch, branches: sample.append((batch.detach(), branches)) or read(batch, branches)
     model(images())
@@ -176,7 +186,7 @@ def test_a_backbone_without_batch_norm_is_refused(backbone):
 # the mean answer
 
 
-def test_mean_answer_is_the_mean_of_probabilities():
+def test_mean_answer_is_the_geometric_mean_of_probabilities():
     model = build(answer="mean")
     x = images()
     assert isinstance(model(x), s3n_timm.S3NLogits), "training is not concerned"
@@ -185,11 +195,11 @@ def test_mean_answer_is_the_mean_of_probabilities():
         answer = model(x)
         model.set_branch_logits(True)
         outputs = model(x)
-    torch.testing.assert_close(answer.exp(), torch.stack([each.softmax(1) for each in outputs]).mean(0))
-    torch.testing.assert_close(answer.exp().sum(1), torch.ones(3))
+    product = torch.stack([each.softmax(1) for each in outputs]).prod(0) ** (1 / 4)
+    torch.testing.assert_close(answer.exp(), product / product.sum(1, keepdim=True))
     two = outputs._replace(discriminative=None, complementary=None)
-    expected = (outputs.joint.softmax(1) + outputs.original.softmax(1)) / 2
-    torch.testing.assert_close(mean_answer(two).exp(), expected)
+    product = (outputs.joint.softmax(1) * outputs.original.softmax(1)).sqrt()
+    torch.testing.assert_close(mean_answer(two).exp(), product / product.sum(1, keepdim=True))
 
 
 # all of them

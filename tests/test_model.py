@@ -726,3 +726,12 @@ def test_prune_intermediate_layers():
     for level, value in zip(levels, expected):
         assert torch.equal(level, value)
     assert all(name.startswith("backbone.") for name, _ in model.named_parameters())
+
+
+def test_every_classifier_starts_alike():
+    """A family's own start of the backbone's classifier may be wide, and peaks are those of its maps."""
+    torch.manual_seed(0)
+    model = S3N("mobilenetv2_035", 50)
+    widest = [layer.weight.abs().max() * layer.in_features**0.5
+              for layer in (model.backbone.get_classifier(), model.classifier_complementary, model.fusion)]
+    torch.testing.assert_close(torch.stack(widest), torch.ones(3), rtol=0.02, atol=0)
