@@ -1,74 +1,417 @@
 """Pictures of what a model sees."""
 
-import subprocess
+import importlib.util
+import itertools
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Circle, Wedge
 from PIL import Image
+from scripts import command, run, train
 
 from s3n_timm import S3N, save
 from s3n_timm.birds import draw_bird
-from s3n_timm.draw import draw_explanation
+from s3n_timm.draw import COLORS, GREY, RIGHT, WRONG, draw_contact_sheet, draw_epochs, draw_explanation
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "visualize.py"
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+NAMES = ("wren", "robin", "dunnock")
+LONG = ("a $very$ long name of a class that nobody could ever read " * 3, "W" * 100, "two\nlines of \\frac{1}{2} $")
+BRANCHES = ("discriminative", "complementary")
+
+
+def create_model(**options):
+    torch.manual_seed(0)
+    return S3N("test_resnet", num_classes=3, backbone_args=dict(output_stride=16), **options).eval()
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return S3N("test_resnet", num_classes=3)
+    return create_model()
 
 
-def test_every_panel_shows_what_explain_gives(model):
-    image = torch.rand(3, 64, 96)
-    seen = model.eval().explain(image[None])
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+
+
+def pixels(image):
+    return (image.permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)).clamp(0, 1)
+
+
+def shown(axes, layer=0):
+    return torch.tensor(axes.images[layer].get_array())
+
+
+def said(figure):
+    return [text.get_text() for text in figure.texts]
+
+
+def test_every_panel_shows_what_explain_gives(model, images):
+    seen = model.explain(images[:1])
     model.train()
-    figure = draw_explanation(model, image, MEAN, STD, label_names=("wren", "robin", "dunnock"))
+    figure = draw_explanation(model, images[0], MEAN, STD, NAMES)
     assert model.training, "drawing leaves the mode as it was"
-    original, response, _, _, discriminative, _, _, complementary, _ = figure.axes
-    shown = torch.tensor(original.images[0].get_array())
-    scale, offset = torch.tensor(STD), torch.tensor(MEAN)
-    torch.testing.assert_close(shown, (image.permute(1, 2, 0) * scale + offset).clamp(0, 1))
-    for axes, branch in ((discriminative, "discriminative"), (complementary, "complementary")):
-        warped = getattr(seen.sample, branch)[0].permute(1, 2, 0) * scale + offset
-        torch.testing.assert_close(torch.tensor(axes.images[0].get_array()), warped.clamp(0, 1))
-    assert f"{int(seen.sample.peaks.sum())} peak" in original.get_title()
-    name = ("wren", "robin", "dunnock")[int(seen.logits.joint.argmax())]
-    assert name in figure.get_suptitle()
-    assert response.images[1].get_array().shape == (64, 96)
+    model.eval()
+    assert len(figure.axes) == 9
+    original, response, own_map = figure.axes[:3]
+    torch.testing.assert_close(shown(original), pixels(images[0]))
+    assert original.get_title() == f"input, {int(seen.sample.peaks.sum())} peaks"
+    large = torch.nn.functional.interpolate(seen.sample.response[None], (64, 96), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(shown(response, 1), large[0, 0])
+    for i, branch in enumerate(BRANCHES):
+        _, image, each_map = figure.axes[3 * i + 3:3 * i + 6]
+        torch.testing.assert_close(shown(image), pixels(getattr(seen.sample, branch)[0]))
+        torch.testing.assert_close(shown(each_map), shown(image))
+    for axes, branch in zip((own_map, figure.axes[5], figure.axes[8]), ("original", *BRANCHES)):
+        chances = getattr(seen.logits, branch)[0].softmax(0)
+        label = int(chances.argmax())
+        assert axes.get_title() == f"map: {NAMES[label]} {100 * float(chances[label]):.0f} %"
+        heat = seen.maps[branch][:, [label]]
+        large = torch.nn.functional.interpolate(heat, (64, 96), mode="bilinear", align_corners=True)
+        torch.testing.assert_close(shown(axes, 1), large[0, 0])
 
 
-def test_peaks_are_drawn_where_they_are(model):
-    image = torch.rand(3, 64, 96)
-    seen = model.eval().explain(image[None])
-    figure = draw_explanation(model, image, MEAN, STD)
-    points = torch.tensor(figure.axes[3].collections[0].get_offsets())
-    y, x = seen.sample.weights_discriminative[0].nonzero(as_tuple=True)
-    torch.testing.assert_close(points, torch.stack([x * 95 / 30, y * 63 / 30], dim=1).double())
+@pytest.mark.parametrize("answer", ["joint", "mean"])
+def test_heading_is_the_prediction(images, answer):
+    model = create_model(answer=answer)
+    chances = model(images[:1])[0].softmax(0).tolist()
+    ranks = sorted(range(3), key=lambda label: -chances[label])
+    first, *others = (f"{NAMES[label]} {100 * chances[label]:.0f} %" for label in ranks)
+    heading, line, *_ = said(draw_explanation(model, images[0], MEAN, STD, NAMES))
+    assert heading == first
+    assert line.endswith(" and ".join(others))
+    assert ("joint" in line) == (answer == "joint")
 
 
-def test_errors(model):
-    with pytest.raises(ValueError, match="image must be 3×H×W"):
-        draw_explanation(model, torch.rand(1, 3, 64, 64), MEAN, STD)
-    with pytest.raises(ValueError, match="needs a model with all branches"):
-        draw_explanation(S3N("test_resnet", num_classes=3, branches="O+D"), torch.rand(3, 64, 64), MEAN, STD)
+def discs(axes):
+    """Radii, and shares of the full circle by colour, by centre."""
+    radii, shares = {}, {}
+    for patch in axes.patches:
+        place = tuple(round(float(x), 3) for x in patch.center)
+        if isinstance(patch, Circle):
+            radii[place] = patch.radius
+        elif isinstance(patch, Wedge):
+            shares.setdefault(place, {})[patch.get_facecolor()] = (patch.theta2 - patch.theta1) / 360
+    return radii, shares
 
 
-def test_script_writes_a_picture(model, tmp_path):
-    bird = tmp_path / "bird.png"
-    draw_bird(np.random.default_rng(0), 0, 3).image.save(bird)
-    weights = save(model, tmp_path / "model", label_names=["a", "b", "c"])
-    command = [sys.executable, SCRIPT, weights, bird, "--output", tmp_path / "out"]
-    run = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert min(Image.open(tmp_path / "out" / "bird.png").size) > 500
+def test_peaks_are_drawn_where_they_are(images):
+    model = create_model(peak_floor="none")
+    sample = model.explain(images[:1]).sample
+    peaks = sample.peaks[0].nonzero().tolist()
+    assert len(peaks) > 2, "the case tells nothing"
+    figure = draw_explanation(model, images[0], MEAN, STD)
+    radii, shares = discs(figure.axes[0])
+    places = {(row, column): (round(column * 95 / 30, 3), round(row * 63 / 30, 3)) for row, column in peaks}
+    assert set(radii) == set(places.values())
+    values = {places[row, column]: float(sample.response[0, row, column]) for row, column in peaks}
+    ranks = sorted(values, key=values.get)
+    assert all(radii[a] < radii[b] for a, b in itertools.pairwise(ranks)), "the larger, the stronger"
+    for place, value in values.items():  # "expected" gives R to D, the rest to C
+        assert shares[place].get(to_rgba(COLORS["discriminative"]), 0) == pytest.approx(value)
+        assert shares[place].get(to_rgba(COLORS["complementary"]), 0) == pytest.approx(1 - value)
+    for row, branch in enumerate(BRANCHES, 1):
+        weights = getattr(sample, f"weights_{branch}")[0]
+        radii, shares = discs(figure.axes[3 * row])
+        weights = {places[row, column]: float(weights[row, column]) for row, column in weights.nonzero().tolist()}
+        assert set(radii) == set(weights)
+        assert sorted(weights, key=weights.get) == sorted(radii, key=radii.get)
+        assert all(share == {to_rgba(COLORS[branch]): 1} for share in shares.values())
 
-    bird.write_bytes(b"not a picture")
-    run = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert run.returncode != 0
-    assert "bird.png" in run.stderr
-    assert "Traceback" not in run.stderr
+
+def test_peaks_of_no_branch_are_grey(images):
+    model = create_model(partition_eval="extreme", peak_floor="none", branches="O+D")
+    _, shares = discs(draw_explanation(model, images[0], MEAN, STD).axes[0])
+    colors = [dict(share) for share in shares.values()]
+    assert colors.count({to_rgba(COLORS["discriminative"]): 1}) == 1
+    assert all(share in ({to_rgba(COLORS["discriminative"]): 1}, {to_rgba(GREY): 1}) for share in colors)
+
+
+def test_warp_is_drawn_where_it_reads(images):
+    model = create_model(zoom_size=(48, 32))
+    grid = model.explain(images[:1]).sample.grid_discriminative[0]
+    axes = draw_explanation(model, images[0], MEAN, STD).axes[3]
+    assert (axes.get_xlim(), axes.get_ylim()) == ((-0.5, 95.5), (63.5, -0.5)), "the lines don't shrink the image"
+    lines = [torch.tensor(line.get_xydata()) for line in axes.lines]
+    drawn = (grid + 1) / 2 * torch.tensor([95, 63])
+    expected = [*drawn.unbind(0), *drawn.unbind(1)]
+    for line in lines:
+        assert any(len(line) == len(each) and torch.allclose(line.float(), each) for each in expected)
+    for edge in (drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]):
+        assert any(len(line) == len(edge) and torch.allclose(line.float(), edge) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "panels"),
+    [
+        (dict(branches="O"), 2),
+        (dict(branches="O+D"), 6),
+        (dict(branches="O+C"), 6),
+        (dict(branches="D+C"), 8),
+        (dict(attention="response"), 9),
+        (dict(attention="saliency"), 9),
+        (dict(partition_eval="all"), 9),
+        (dict(partition_eval="probability"), 9),
+        (dict(preset="original"), 9),
+        (dict(scan_size=32, zoom_size=(64, 48)), 9),
+    ],
+)
+def test_every_kind_of_model(images, options, panels):
+    model = create_model(**options)
+    assert len(draw_explanation(model, images[0], MEAN, STD).axes) == panels
+    tiles = 1 + len(model.warped)
+    assert len(draw_contact_sheet(model, images, MEAN, STD).axes) == 3 * tiles
+    assert len(draw_epochs([model, model], "12", images, MEAN, STD).axes) == 2 * 3 * tiles
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_other_channels_than_three(channels):
+    image = torch.rand(channels, 64, 64)
+    picture = shown(draw_explanation(create_model(in_chans=channels), image, (0.0,), (1.0,)).axes[0])
+    torch.testing.assert_close(picture, (image[:3] if channels > 2 else image[:1].expand(3, -1, -1)).permute(1, 2, 0))
+
+
+def test_what_does_not_differ_has_no_colours():
+    figure = draw_explanation(create_model(), torch.zeros(3, 64, 64), MEAN, STD)
+    assert figure.axes[0].get_title() == "input, no peaks"
+    image = figure.axes[2].images[1]
+    colors = image.to_rgba(image.get_array())
+    assert np.ptp(colors[8:-8, 8:-8], axis=(0, 1)).max() < 0.01, "rounding is not an answer"
+
+
+def texts_on(figure):
+    return [text for text in (*figure.texts, *(axes.title for axes in figure.axes)) if text.get_text()]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (192, 64), (32, 192)])
+def test_text_fits(model, size):
+    images = torch.rand(2, 3, *size)
+    figures = (
+        draw_explanation(model, images[0], MEAN, STD, LONG),
+        draw_contact_sheet(model, images, MEAN, STD, LONG, (0, 1), LONG[:2]),
+        draw_epochs([model] * 7, LONG * 2 + ("1",), images, MEAN, STD, LONG, (0, 1), LONG[:2]),
+        draw_epochs([model] * 2, LONG[:2], images, MEAN, STD, LONG),
+    )
+    for figure in figures:
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        boxes = [text.get_window_extent(renderer) for text in texts_on(figure)]
+        for text, box in zip(texts_on(figure), boxes):
+            assert min(box.x0, box.y0, figure.bbox.x1 - box.x1, figure.bbox.y1 - box.y1) >= 0, text
+        for (a, one), (b, other) in itertools.combinations(zip(texts_on(figure), boxes), 2):
+            assert not one.padded(-1).overlaps(other.padded(-1)), f"{a} overlaps {b}"
+
+
+def test_names_are_not_formulas(model, images):
+    name = "$\\alpha$ for $5"
+    formula, plain = (draw_explanation(model, images[0], MEAN, STD, [each] * 3).texts[0] for each in (name, "aa"))
+    assert formula.get_text().replace("\\$", "$").startswith(name)
+    figure = formula.get_figure()
+    wide = formula.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width
+    short = plain.get_window_extent(FigureCanvasAgg(plain.get_figure()).get_renderer()).width
+    assert wide > short + 80, "a formula would be two letters"
+
+
+def test_contact_sheet_shows_every_image(model, images):
+    predictions = model(images).argmax(1).tolist()
+    wrong = (predictions[1] + 1) % 3
+    labels = (predictions[0], wrong, None)
+    figure = draw_contact_sheet(model, images, MEAN, STD, NAMES, labels, ("a.jpg", "b.jpg", "c.jpg"))
+    for i, image in enumerate(images):
+        sample = model.explain(image[None]).sample
+        for axes, expected in zip(figure.axes[3 * i:], (image, sample.discriminative[0], sample.complementary[0])):
+            torch.testing.assert_close(shown(axes), pixels(expected))
+        assert set(discs(figure.axes[3 * i])[0]) == {
+            (round(x * 95 / 30, 3), round(y * 63 / 30, 3)) for y, x in sample.peaks[0].nonzero().tolist()}
+    chances = model(images).softmax(1).max(1).values.tolist()
+    lines = {text.get_text(): text.get_color() for text in figure.texts}
+    names = [f"{NAMES[label]} {100 * chance:.0f} %" for label, chance in zip(predictions, chances)]
+    assert lines[f"✓ {names[0]}"] == RIGHT
+    assert lines[f"✗ {names[1]}"] == WRONG
+    assert lines[names[2]] == "black"
+    assert {f"a.jpg, label {NAMES[labels[0]]}", f"b.jpg, label {NAMES[wrong]}", "c.jpg"} <= set(lines)
+
+
+def test_images_of_a_sheet_differ_in_size(model, images):
+    figure = draw_contact_sheet(model, [images[0], images[1, :, :, :64]], MEAN, STD)
+    assert [tuple(shown(figure.axes[i]).shape) for i in (0, 3)] == [(64, 96, 3), (64, 64, 3)]
+
+
+def test_strip_has_a_column_for_each_model(images):
+    models = [create_model(), create_model(beta_discriminative=9.0)]
+    models[1].backbone.fc.weight.data.neg_()
+    figure = draw_epochs(models, ["first", "second"], images[:2], MEAN, STD, NAMES, titles=["a.jpg", "b.jpg"])
+    assert said(figure)[:2] == ["first", "second"]
+    assert {"a.jpg", "b.jpg", "response", *BRANCHES} <= set(said(figure))
+    panels = iter(figure.axes)
+    for image in images[:2]:
+        for each in models:
+            seen = each.explain(image[None])
+            response, *warped = (next(panels) for _ in range(3))
+            heat = seen.sample.response[None]
+            heat = torch.nn.functional.interpolate(heat, (64, 96), mode="bilinear", align_corners=True)[0, 0]
+            torch.testing.assert_close(shown(response, 1), heat)
+            assert len(discs(response)[0]) == int(seen.sample.peaks.sum())
+            for axes, branch in zip(warped, BRANCHES):
+                torch.testing.assert_close(shown(axes), pixels(getattr(seen.sample, branch)[0]))
+            label = int(seen.logits.joint.argmax())
+            assert any(line.startswith(NAMES[label]) for line in said(figure))
+
+
+def test_errors(model, images):
+    other = create_model(branches="O+D")
+    for message, draw in (
+        ("must be 3×H×W", lambda: draw_explanation(model, images[:1], MEAN, STD)),
+        ("must be 3×H×W", lambda: draw_explanation(model, images[0, :2], MEAN, STD)),
+        ("mean must have a number for each of 3", lambda: draw_explanation(model, images[0], (0.5, 0.5), STD)),
+        ("std must have a number for each of 3", lambda: draw_contact_sheet(model, images, MEAN, (1.0,) * 4)),
+        ("2 names for 3 classes", lambda: draw_explanation(model, images[0], MEAN, STD, ["a", "b"])),
+        ("S3N model, got ResNet", lambda: draw_explanation(timm.create_model("test_resnet"), images[0], MEAN, STD)),
+        ("num_classes=0", lambda: draw_explanation(S3N("test_resnet", num_classes=0), images[0], MEAN, STD)),
+        ("no image", lambda: draw_contact_sheet(model, images[:0], MEAN, STD)),
+        ("as many labels", lambda: draw_contact_sheet(model, images, MEAN, STD, labels=(0, 1))),
+        ("as many labels", lambda: draw_contact_sheet(model, images, MEAN, STD, titles=("a", "b"))),
+        ("in 0 to 2, got 3", lambda: draw_contact_sheet(model, images, MEAN, STD, labels=(0, 1, 3))),
+        ("got 1 and 2", lambda: draw_epochs([model], ["1", "2"], images, MEAN, STD)),
+        ("got 0 and 0", lambda: draw_epochs([], [], images, MEAN, STD)),
+        (r"same branches, got O\+D\+C, O\+D", lambda: draw_epochs([model, other], ["1", "2"], images, MEAN, STD)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw()
+
+
+# examples/visualize.py
+
+
+def save_bird(path, number=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_bird(np.random.default_rng(number), number % 3, 3, 64).image.save(path, **options)
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(model, tmp_path_factory):
+    config = dict(input_size=(3, 64, 64), mean=MEAN, std=STD, crop_pct=1.0)
+    return save(model, tmp_path_factory.mktemp("weights"), label_names=NAMES, data_config=config)
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("visualize_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def visualize(script, monkeypatch, tmp_path):
+    """Run the script in this process, and list what it wrote below its output."""
+    def call(*words):
+        output = tmp_path / "out"
+        monkeypatch.setattr(sys, "argv", ["visualize.py", "--output", str(output), *map(str, words)])
+        script.main()
+        return sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+    return call
+
+
+def test_script_draws_what_it_can_and_tells_the_rest(weights, tmp_path):
+    birds = tmp_path / "birds"
+    save_bird(birds / "wren" / "1.png")
+    save_bird(birds / "1.jpg")
+    save_bird(birds / "1.png", 1)
+    (birds / "broken.jpg").write_bytes(b"not a picture")
+    (birds / "notes.txt").write_text("no image")
+    words = command("visualize.py", birds, "--weights", weights, "--output", birds / "pictures")
+    printed = run(words, ok=False)
+    assert "broken.jpg" in printed
+    assert printed.strip().endswith("visualize.py: 1 of 4 images could not be read; the others are drawn.")
+    assert "Traceback" not in printed
+    written = sorted(path.relative_to(birds / "pictures") for path in (birds / "pictures").rglob("*.*"))
+    assert [str(path) for path in written] == ["1-2.png", "1.png", "wren/1.png"]
+    assert all(Image.open(birds / "pictures" / path).size[0] == 900 for path in written)
+    (birds / "broken.jpg").unlink()
+    run(words)  # it does not draw its own pictures
+    assert len(list((birds / "pictures").rglob("*.*"))) == 3
+
+
+def test_images_are_not_overwritten(weights, visualize, tmp_path):
+    bird = save_bird(tmp_path / "out" / "bird.png")
+    before = bird.read_bytes()
+    assert visualize(bird, "--weights", weights) == ["bird-2.png", "bird.png"]
+    assert bird.read_bytes() == before
+
+
+def test_sheet_knows_labels_by_folders(script, visualize, weights, monkeypatch, tmp_path):
+    for i, name in enumerate(("robin", "wren", "others")):
+        save_bird(tmp_path / "birds" / name / "a.png", i)
+    calls = []
+    draw = script.draw_contact_sheet
+    monkeypatch.setattr(script, "draw_contact_sheet", lambda *args: calls.append(args) or draw(*args))
+    monkeypatch.setattr(script, "PER_SHEET", 2)
+    written = visualize(tmp_path / "birds", "--weights", weights, "--sheet", "--format", "pdf")
+    assert written == ["sheet-2.pdf", "sheet.pdf"]
+    assert (tmp_path / "out" / "sheet.pdf").read_bytes().startswith(b"%PDF")
+    assert [args[5:] for args in calls] == [([None, 1], ["others/a.png", "robin/a.png"]), ([0], ["wren/a.png"])]
+
+
+def test_several_weights_are_a_strip(script, visualize, weights, monkeypatch, tmp_path):
+    folders = [tmp_path / "run" / f"epoch-{i}" / "last" for i in (1, 2, 10)]
+    for i, folder in enumerate(folders):
+        save(create_model(beta_discriminative=2.0 + i), folder, label_names=NAMES)
+    birds = [save_bird(tmp_path / f"{i}.png", i) for i in range(3)]
+    calls = []
+    draw = script.draw_epochs
+    monkeypatch.setattr(script, "draw_epochs", lambda *args: calls.append(args) or draw(*args))
+    assert visualize(*birds, "--max-images", 2, "--weights", *folders) == ["0.png", "1.png"]
+    assert [model.beta_discriminative.item() for model in calls[0][0]] == [2, 3, 4]
+    assert calls[0][1] == ["epoch-1", "epoch-2", "epoch-10"]
+    assert "strip.png" in visualize(*birds, "--sheet", "--weights", *folders)
+    assert len(calls[-1][2]) == 3
+    with pytest.raises(ValueError, match="differ in their data_config"):
+        visualize(birds[0], "--weights", folders[0], weights)
+
+
+def test_a_checkpoint_is_drawn_with_the_config_of_its_run(visualize, tmp_path):
+    train("--epochs", 2, "--output", tmp_path / "run")
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        shutil.copy(tmp_path / "run" / "last" / "config.json", folder)
+    assert visualize(save_bird(tmp_path / "bird.png"), "--weights", *folders) == ["bird.png"]
+
+
+def test_orientation_of_photographs(visualize, weights, tmp_path):
+    upright = save_bird(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it a quarter clockwise to show it
+    with Image.open(upright) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    visualize(upright, tmp_path / "turned.png", "--weights", weights)
+    pictures = [np.asarray(Image.open(tmp_path / "out" / name)) for name in ("upright.png", "turned.png")]
+    assert np.array_equal(*pictures)
+
+
+def test_bad_arguments_are_told_before_anything_is_drawn(visualize, weights, tmp_path):
+    bird = save_bird(tmp_path / "birds" / "bird.png")
+    (tmp_path / "empty").mkdir()
+    plain = save(timm.create_model("test_resnet", num_classes=3), tmp_path / "plain")
+    other = save(create_model(), tmp_path / "other", label_names=("a", "b", "c"))
+    for message, words in (
+        ("empty holds no image", (bird, tmp_path / "empty", "--weights", weights)),
+        ("nowhere.jpg does not exist", (bird, tmp_path / "nowhere.jpg", "--weights", weights)),
+        ("nowhere", (bird, "--weights", tmp_path / "nowhere")),
+        ("S3N", (bird, "--weights", plain)),
+        ("differ in their label_names", (bird, "--weights", weights, other)),
+        ("choose another", (bird.parent, "--weights", weights, "--output", bird.parent)),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            visualize(*words)
+    assert not list((tmp_path / "out").rglob("*.*"))
