@@ -5,6 +5,7 @@
 
 from .attention import sampling_map
 from .backbone import NoResponseMap
+from .classifier import Classifier
 from .hub import push_to_hub, save
 from .loss import S3NLoss
 from .model import S3N, Explanation, S3NLogits
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "S3N",
     "VARIANTS",
+    "Classifier",
     "Explanation",
     "NoResponseMap",
     "S3NLogits",

@@ -1,0 +1,209 @@
+"""Labels for images of any kind, with a model's own preprocessing."""
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+
+from . import hub
+
+ImageLike: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray | Tensor"
+KINDS = "a path, a file's bytes, a PIL image, an H×W or H×W×3 array, or a 3×H×W tensor"
+
+
+class Classifier:
+    """A trained model that names what images show.
+
+    Example:
+        >>> from s3n_timm import S3N
+        >>> classifier = Classifier(S3N("test_resnet", num_classes=3))
+        >>> answers = classifier(Image.new("RGB", (120, 80)), top_k=2)
+        >>> len(answers), sorted(answers[0])
+        (2, ['label', 'score'])
+
+    Args:
+        model: an S3N, or any timm model with a classifier. It is put into eval mode.
+        device: where it runs; where it is by default.
+        batch_size: images that it reads at one time.
+
+    Attributes:
+        model: the model.
+        data_config: its preprocessing, as timm describes it.
+        transform: that preprocessing, of a PIL image in RGB.
+        label_names: a name for each class; its number where the model knows none.
+
+    Raises:
+        ValueError: the model has no classifier, or `batch_size` is not positive.
+    """
+
+    def __init__(self, model: nn.Module, *, device: str | torch.device | None = None, batch_size: int = 16) -> None:
+        if not getattr(model, "num_classes", 0):
+            raise ValueError("model has no classifier: give it num_classes, and weights that were trained for them.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.model = model.eval() if device is None else model.eval().to(device)
+        self.batch_size = batch_size
+        self.data_config: dict[str, Any] = resolve_data_config({}, model=model)
+        self.transform = create_transform(**self.data_config)
+        known = getattr(model, "pretrained_cfg", {}).get("label_names")
+        self.label_names = list(map(str, known or range(int(model.num_classes))))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(
+            cls,
+            name: str | Path,
+            *,
+            device: str | torch.device | None = None,
+            batch_size: int = 16,
+    ) -> "Classifier":
+        """Load a folder of `s3n_timm.save`, or `USER/NAME`, with or without `hf-hub:`, of the Hub.
+
+        Raises:
+            ValueError: there is no such model, or it cannot be loaded; the message says why.
+        """
+        folder = Path(str(name).removeprefix("local-dir:"))
+        try:
+            if folder.is_dir():
+                if not (folder / "config.json").is_file():
+                    raise ValueError("it has no config.json: name a folder that s3n_timm.save wrote")
+                model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            elif str(name).startswith("hf-hub:") or (isinstance(name, str) and name.count("/") == 1 and name[0] != "."):
+                model = hub.load(str(name).removeprefix("hf-hub:"))
+            else:
+                raise ValueError("it is no folder, and names on the Hub have the form USER/NAME")
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{name} cannot be loaded: {str(error).strip().rstrip('.')}.") from error
+        return cls(model, device=device, batch_size=batch_size)
+
+    def __call__(self, images: Any, top_k: int = 5) -> list[Any]:
+        """Name what images show.
+
+        Args:
+            images: one image (see `prepare`), or a list, a tuple or a B×3×H×W tensor of them.
+            top_k: how many labels; all of them where the model has fewer.
+
+        Returns:
+            A list of dicts with `label` and `score`, a probability, the largest first; of several images a list of such
+            lists, in order.
+
+        Raises:
+            TypeError: something is no image.
+            ValueError: an image cannot be read; the message says which.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}.")
+        several = isinstance(images, (list, tuple)) or (isinstance(images, Tensor) and images.ndim == 4)
+        rows = []
+        for probabilities in self.probabilities(images if several else [images]):
+            best = probabilities.topk(min(top_k, len(probabilities)))
+            rows.append([dict(label=self.label_names[index], score=score)
+                         for score, index in zip(best.values.tolist(), best.indices.tolist())])
+        return rows if several else rows[0]
+
+    @torch.inference_mode()
+    def probabilities(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
+        """B×C probabilities of a sequence of images, on the CPU; the errors are those of a call."""
+        device = next(self.model.parameters()).device
+        parts = [torch.empty(0, len(self.label_names))]
+        for start in range(0, len(images), self.batch_size):
+            batch = []
+            for place in range(start, min(start + self.batch_size, len(images))):
+                try:
+                    batch.append(self.prepare(images[place]))
+                except (TypeError, ValueError) as error:
+                    where = f" {place}" if len(images) > 1 else ""
+                    raise type(error)(f"image{where}: {error}") from error
+            parts.append(self.model(torch.stack(batch).to(device)).float().softmax(1).cpu())
+        return torch.cat(parts)
+
+    def prepare(self, image: ImageLike) -> Tensor:
+        """Bring an image to what the model reads.
+
+        Args:
+            image: a path; the bytes of an image file; a PIL image of any mode, of whose frames the first counts; an
+                H×W, H×W×3 or H×W×4 array; or a 1×H×W or 3×H×W tensor. Arrays and tensors hold bytes, or floats in
+                [0, 1]. Images are turned as their EXIF says, transparency lies on white, 16 bits are scaled to 8.
+
+        Returns:
+            C×H×W, normalised, on the CPU.
+
+        Raises:
+            TypeError: it is none of these.
+            ValueError: it cannot be read, is empty, too large, or has values that are no brightness.
+        """
+        return self.transform(read_image(image))
+
+
+def read_image(image: ImageLike) -> Image.Image:
+    """A PIL image in RGB of an image of any kind, see `Classifier.prepare`."""
+    if isinstance(image, (str, Path, bytes)):
+        name, file = ("the file", io.BytesIO(image)) if isinstance(image, bytes) else (image, image)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(file) as opened:
+                    return _as_rgb(opened)
+        except FileNotFoundError:
+            raise ValueError(f"{name} does not exist.") from None
+        except UnidentifiedImageError:
+            raise ValueError(f"{name} is not an image.") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise ValueError(f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller.") from None
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise ValueError(f"{name} cannot be read as an image ({error}).") from error
+    if isinstance(image, Image.Image):
+        try:
+            return _as_rgb(image)
+        except (OSError, SyntaxError, EOFError) as error:
+            raise ValueError(f"the PIL image cannot be read ({error}).") from error
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] not in (1, 3):
+            raise ValueError(f"a tensor must be 3×H×W or 1×H×W, got {tuple(image.shape)}.")
+        image = image.detach().cpu()
+        array = (image.float() if image.is_floating_point() else image).movedim(0, -1).numpy()
+        return _from_array(array[..., 0] if array.shape[-1] == 1 else array)
+    if isinstance(image, np.ndarray):
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+            raise ValueError(f"an array must be H×W, H×W×3 or H×W×4, got {image.shape}.")
+        return _from_array(image)
+    raise TypeError(f"an image must be {KINDS}, got {type(image).__name__}.")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if 0 in array.shape:
+        raise ValueError(f"it has no pixel: its shape is {array.shape}.")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise ValueError("its floats must lie in [0, 1]: divide by the largest brightness, or give bytes.")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise TypeError(f"its values must be bytes (uint8) or floats, got {array.dtype}.")
+    return _as_rgb(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if math.prod(image.size) == 0:
+        raise ValueError(f"it has no pixel: its size is {image.size}.")
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode in ("I", "F") or turned.mode.startswith("I;16"):
+        values = np.asarray(turned, dtype=np.float64)
+        # a brightness in 32 bits has no fixed top: 16-bit files are opened so, and floats lie in [0, 1]
+        top = 1.0 if turned.mode == "F" and values.max() <= 1 else 65535.0
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
+            raise ValueError(f"its values must lie in [0, {top:.0f}] for mode {turned.mode}.")
+        return Image.fromarray((values * (255 / top)).round().astype(np.uint8)).convert("RGB")
+    if turned.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in turned.info:
+        turned = turned.convert("RGBA")
+        white = Image.new("RGBA", turned.size, "white")
+        turned = Image.alpha_composite(white, turned)
+    return turned.convert("RGB")
