@@ -1,0 +1,438 @@
+"""What S3N costs beside its backbone, on whatever device is there: `python examples/benchmark.py`.
+
+Every figure is a ratio between things that ran by turns in one process, of the medians of their times, so that a busy
+machine slows them alike. Read it top to bottom: how time and memory are measured, then one function a section:
+
+    stage   sampling against two bare grid_sample calls, and against loops over images and peaks
+    model   forward and training step against three plain passes of the backbone
+    growth  the forward as batch, image, classes and peaks grow
+    data    the share of training's wall time in which the device computes
+    soak    memory of inference over --minutes, only if asked for
+"""
+
+import argparse
+import json
+import math
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from arguments import parse_args as parse_train_args
+from data import TrainLoader, load_splits
+from files import replace_text
+from rich.console import Console
+from rich.table import Table
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import s3n_timm
+from s3n_timm.card import count_macs
+from s3n_timm.predict import predict
+from s3n_timm.sampling import SelectiveSample, sample_response
+
+GRID = 31
+STAGE = dict(mode="expected", grid_size=GRID, floor=0.09, fwhm=13)
+Calls = dict[str, Callable[[], Any]]
+
+# how time and memory are measured
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def time_by_turns(calls: Calls, device: torch.device, args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of each call; rounds go on for --seconds, and for --min-rounds in any case."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + args.seconds
+    for done in range(args.max_rounds):
+        if done >= args.min_rounds and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """The most that a call holds at one time beyond what was held before it."""
+    call()
+    synchronize(device)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    held = most = 0
+    # torch's own tables give sums by operator; the peak needs the order of events
+    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def with_gradients(loss: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(loss(), inputs)
+
+
+# stage
+
+
+def draw_peaks(batch: int, peaks: int, device: torch.device) -> Tensor:
+    """B×G×G responses with so many peaks each, none next to another."""
+    generator = torch.Generator().manual_seed(0)
+    response = torch.zeros(batch, GRID, GRID)
+    free = torch.cartesian_prod(torch.arange(1, GRID, 3), torch.arange(1, GRID, 3))
+    for image in response:
+        y, x = free[torch.randperm(len(free), generator=generator)[:peaks]].unbind(1)
+        image[y, x] = 0.3 + 0.6 * torch.rand(peaks, generator=generator)
+        image[y[:1], x[:1]] = 1  # so that normalising leaves all as they are
+    return response.to(device)
+
+
+def sample_by_loops(image: Tensor, response: Tensor, beta_discriminative: Tensor, beta_complementary: Tensor) -> list:
+    """The stage as equations 2 to 8 are written: image by image, peak by peak, one dense convolution a map."""
+    batch, cells = len(image), torch.arange(GRID, device=image.device, dtype=torch.float32)
+    pad = GRID - 1
+    offset = torch.arange(-pad, pad + 1, device=image.device)
+    falloff = torch.exp(-4 * math.log(2) * offset.square() / STAGE["fwhm"]**2)
+    kernel = (falloff[:, None] * falloff)[None, None]
+    place = torch.arange(-pad, GRID + pad, device=image.device) / (GRID - 1)
+    everywhere = torch.stack(torch.meshgrid(place, place, indexing="xy"))
+    warped = []
+    for i in range(batch):
+        peaks = s3n_timm.find_peaks(response[i:i + 1])[0].nonzero().tolist()
+        for strong, beta in ((True, beta_discriminative), (False, beta_complementary)):
+            q = torch.full((GRID, GRID), STAGE["floor"], device=image.device)
+            for y, x in peaks:
+                value = response[i, y, x]
+                distance = (cells[:, None] - y).square() + (cells - x).square()
+                weight, height = (value, value) if strong else (1 - value, 1 / value)
+                q = q + weight * height * torch.exp(-distance / (value * beta.square()))
+            padded = F.pad(q[None, None], (pad, pad, pad, pad), mode="replicate")
+            mass = F.conv2d(padded, kernel)
+            grid = F.conv2d((padded[0] * everywhere)[:, None], kernel)[:, 0] / mass[0]
+            grid = (2 * grid - 1).clamp(-1, 1)[None]
+            grid = F.interpolate(grid, size=image.shape[-2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+            warped.append(F.grid_sample(image[i:i + 1], grid, align_corners=True))
+    return [torch.cat(warped[0::2]), torch.cat(warped[1::2])]
+
+
+def measure_stage(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    rows = []
+    for size, batch, peaks in [(s, b, p) for s in args.sizes for b in args.batch_sizes for p in args.peaks]:
+        image, response = torch.rand(batch, 3, size, size, device=device), draw_peaks(batch, peaks, device)
+        betas = [torch.tensor([value], device=device, requires_grad=True) for value in (3.9, 13.2)]
+
+        def ours(image=image, response=response, betas=betas) -> SelectiveSample:
+            return sample_response(image, response, beta_discriminative=betas[0], beta_complementary=betas[1], **STAGE)
+
+        grids = [each.detach().requires_grad_() for each in (ours().grid_discriminative, ours().grid_complementary)]
+
+        def bare(image=image, grids=grids) -> list[Tensor]:
+            return [F.grid_sample(image, grid, align_corners=True) for grid in grids]
+
+        def loops(image=image, response=response, betas=betas) -> list[Tensor]:
+            return sample_by_loops(image, response, *betas)
+
+        def images(call: Callable[[], Any]) -> list[Tensor]:
+            made = call()
+            return [made.discriminative, made.complementary] if isinstance(made, SelectiveSample) else made
+
+        difference = max((a - b).abs().max().item() for a, b in zip(images(ours), images(loops)))
+        calls = dict(ours=ours, bare=bare, loops=loops)
+        with torch.inference_mode():
+            forward = time_by_turns(calls, device, args)
+        both = {name: with_gradients(lambda call=call: sum(each.sum() for each in images(call)),
+                                     grids if name == "bare" else betas) for name, call in calls.items()}
+        backward = time_by_turns(both, device, args)
+        for kind, seconds in (("forward", forward), ("forward + backward", backward)):
+            rows.append(dict(
+                size=size, batch=batch, peaks=peaks, kind=kind, milliseconds=1000 * seconds["ours"],
+                times_bare=seconds["ours"] / seconds["bare"], loops_times_ours=seconds["loops"] / seconds["ours"],
+                largest_difference=difference,
+            ))
+    return rows
+
+
+# model
+
+
+def create_models(args: argparse.Namespace, device: torch.device, classes: int = 200) -> tuple[nn.Module, nn.Module]:
+    """An S3N and the same backbone alone, with weights of one seed."""
+    models = []
+    for name, options in (("s3n", dict(backbone=args.backbone)), (args.backbone, {})):
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=classes, **options).to(device)
+        models.append(model.to(memory_format=torch.channels_last) if args.channels_last else model)
+    return models[0], models[1]
+
+
+def draw_images(batch: int, size: int, args: argparse.Namespace, device: torch.device) -> Tensor:
+    images = torch.rand(batch, 3, size, size, device=device, generator=torch.Generator(device).manual_seed(0))
+    return images.contiguous(memory_format=torch.channels_last) if args.channels_last else images
+
+
+def step(
+        model: nn.Module,
+        copies: tuple[int, ...],
+        x: Tensor,
+        target: Tensor,
+        criterion: nn.Module,
+) -> Callable[[], None]:
+    """A training step on so many copies of the images, pass by pass: a warped image is one, and takes memory too."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+    def call() -> None:
+        losses = [criterion(model(torch.cat([x] * n) if n > 1 else x), target.repeat(n)) for n in copies]
+        sum(losses).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def measure_model(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    ours, plain = create_models(args, device)
+    rows = []
+    for size, batch in [(s, b) for s in args.sizes for b in args.batch_sizes]:
+        x = draw_images(batch, size, args, device)
+        target = torch.zeros(batch, dtype=torch.long, device=device)
+        for kind in ("forward", "training step"):
+            if kind == "forward":
+                ours.eval(), plain.eval()
+                calls: Calls = dict(ours=lambda x=x: ours(x), plain=lambda x=x: (plain(x), plain(torch.cat([x, x]))))
+            else:
+                ours.train(), plain.train()
+                calls = dict(ours=step(ours, (1,), x, target, s3n_timm.S3NLoss()),
+                             plain=step(plain, (1, 2), x, target, nn.CrossEntropyLoss()))
+            with torch.inference_mode(kind == "forward"):
+                seconds = time_by_turns(calls, device, args)
+                memory = {name: peak_bytes(call, device) for name, call in calls.items()}
+            rows.append(dict(
+                size=size, batch=batch, kind=kind, seconds=seconds["ours"], images_per_second=batch / seconds["ours"],
+                times_plain=seconds["ours"] / seconds["plain"], megabytes=memory["ours"] / 1e6,
+                memory_times_plain=memory["ours"] / memory["plain"],
+            ))
+    return rows
+
+
+# growth
+
+
+def measure_growth(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """The forward, with one of batch, image size and classes changed, against three plain passes of the same."""
+    size, batch = args.sizes[0], args.batch_sizes[-1]
+    cases = [("batch", each, each, size, 200) for each in (1, 2, 4, 8, 16, 32)]
+    cases += [("size", each, batch, each, 200) for each in (128, 224, 320, 448)]
+    cases += [("classes", each, batch, size, each) for each in (10, 100, 1000, 10_000)]
+    rows = []
+    for name, value, images, side, classes in cases:
+        ours, plain = (model.eval() for model in create_models(args, device, classes))
+        x = draw_images(images, side, args, device)
+        calls: Calls = dict(ours=lambda m=ours, x=x: m(x), plain=lambda m=plain, x=x: (m(x), m(torch.cat([x, x]))))
+        with torch.inference_mode():
+            seconds = time_by_turns(calls, device, args)
+            memory = {kind: peak_bytes(call, device) for kind, call in calls.items()}
+        rows.append(dict(
+            grows=name, to=value, milliseconds_per_image=1000 * seconds["ours"] / images,
+            times_plain=seconds["ours"] / seconds["plain"], megabytes=memory["ours"] / 1e6,
+            memory_times_plain=memory["ours"] / memory["plain"],
+        ))
+    image = torch.rand(batch, 3, size, size, device=device)
+    for peaks in (0, 5, 20, 50, 100):
+        response = draw_peaks(batch, peaks, device)
+        call = lambda r=response: sample_response(  # noqa: E731
+            image, r, beta_discriminative=3.9, beta_complementary=13.2, **STAGE)
+        with torch.inference_mode():
+            seconds = time_by_turns(dict(ours=call), device, args)
+            rows.append(dict(grows="peaks (the stage alone)", to=peaks,
+                             milliseconds_per_image=1000 * seconds["ours"] / batch,
+                             megabytes=peak_bytes(call, device) / 1e6))
+    return rows
+
+
+# data
+
+
+def measure_data(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Train on drawn birds, as train.py does: how long it computes and how long it waits for images."""
+    rows = []
+    for workers in args.workers:
+        with tempfile.TemporaryDirectory() as folder:
+            given = ["--output", folder, "-b", args.batch_sizes[-1], "--img-size", args.sizes[0], "--workers", workers]
+            train_args = parse_train_args([str(each) for each in given])
+        accelerator = Accelerator()
+        split = load_splits(train_args)["train"]
+        ours, _ = create_models(args, device, len(split.features["label"].names))
+        config = resolve_data_config(dict(img_size=args.sizes[0]), model=ours)
+        shared = {name: config[name] for name in ("input_size", "interpolation", "mean", "std")}
+        loader = TrainLoader(split, create_transform(**shared, is_training=True), train_args, accelerator)
+        ours.train()
+        waited, computed = [], []
+        batches, rest = loader.read(0, 0), min(loader.updates_per_epoch, 1 + args.max_rounds)
+        last = time.perf_counter()
+        for done in range(rest):
+            batch = next(batches)
+            waited.append(time.perf_counter() - last)
+            call = step(ours, (1,), batch["image"].to(device), batch["label"].to(device), s3n_timm.S3NLoss())
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            last = time.perf_counter()
+            computed.append(last - start)
+            if done >= args.min_rounds and sum(waited) + sum(computed) > args.seconds:
+                break
+        waited, computed = waited[1:], computed[1:]  # the first starts workers and warms the device
+        rows.append(dict(
+            workers=workers, batch=train_args.batch_size, size=args.sizes[0], steps=len(computed),
+            computes_percent=100 * sum(computed) / (sum(computed) + sum(waited)),
+            images_per_second=train_args.batch_size * len(computed) / (sum(computed) + sum(waited)),
+        ))
+    return rows
+
+
+# memory over time
+
+
+def measure_soak(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Resident memory of the process while `predict` answers batches of changing size, some images by O alone."""
+    model, _ = create_models(args, device)
+    sizes = random.Random(0)
+    size, most = args.sizes[0], args.batch_sizes[-1]
+    threshold = next(predict(model.eval(), [draw_images(most, size, args, device)])).entropy.median().item()
+    images, rows = 0, []
+
+    def count() -> Iterator[Tensor]:
+        nonlocal images
+        while time.monotonic() < until:
+            batch = draw_images(sizes.randint(1, most), size, args, device)
+            images += len(batch)
+            yield batch + 0.1 * torch.randn_like(batch)
+
+    for minute in range(args.minutes + 1):
+        if minute:  # the first row is the memory before the first minute
+            until = time.monotonic() + 60
+            deque(predict(model, count(), exit_entropy=threshold), maxlen=0)
+        row = dict(minute=minute, images=images, resident_mb=psutil.Process().memory_info().rss / 1e6)
+        if device.type == "cuda":
+            row["device_mb"] = torch.cuda.memory_allocated(device) / 1e6
+        rows.append(row)
+    return rows
+
+
+# trained models
+
+
+def measure_weights(folders: list[str], args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Images per second of trained models, and the multiply-accumulates of one image."""
+    calls: Calls = {}
+    rows = []
+    for folder in folders:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device)
+        size = resolve_data_config({}, model=model)["input_size"]
+        rows.append(dict(weights=folder, size=size[-1], gmacs=count_macs(model, size) / 1e9))
+        model = model.to(memory_format=torch.channels_last) if args.channels_last else model
+        x = draw_images(args.batch_sizes[-1], size[-1], args, device)
+        calls[folder] = lambda m=model, x=x: m(x)
+    with torch.inference_mode():
+        seconds = time_by_turns(calls, device, args)
+    for row in rows:
+        row["images_per_second"] = args.batch_sizes[-1] / seconds[row["weights"]]
+        row["times_first"] = seconds[row["weights"]] / seconds[folders[0]]
+    return rows
+
+
+# main
+
+SECTIONS: dict[str, Callable[[argparse.Namespace, torch.device], list[dict[str, Any]]]] = dict(
+    stage=measure_stage, model=measure_model, growth=measure_growth, data=measure_data, soak=measure_soak)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = f"of {', '.join(SECTIONS)}; all but soak if left out"
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=every)
+    parser.add_argument("--weights", nargs="+", metavar="FOLDER", help="time these trained models side by side instead")
+    parser.add_argument("--backbone", default="resnet18", help="name of a timm model")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 448], metavar="PX")
+    parser.add_argument("-b", "--batch-sizes", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--peaks", type=int, nargs="+", default=[5, 50], help="for stage")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="for data")
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seconds", type=float, default=5, help="for each comparison")
+    parser.add_argument("--min-rounds", type=int, default=5)
+    parser.add_argument("--max-rounds", type=int, default=200)
+    parser.add_argument("--minutes", type=int, default=30, help="for soak")
+    parser.add_argument("--cpu-threads", type=int)
+    parser.add_argument("--output", type=Path, help="a JSON file")
+    args = parser.parse_args()
+    unknown = [name for name in args.sections if name not in SECTIONS]
+    if unknown:
+        parser.error(f"unknown section {unknown[0]!r}: choose of {', '.join(SECTIONS)}.")
+    if not timm.is_model(args.backbone):
+        parser.error(f"--backbone {args.backbone} is not a timm model.")
+    for name in ("sizes", "batch_sizes", "peaks", "min_rounds", "max_rounds", "seconds", "minutes"):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {value}.")
+    if max(args.peaks) > 100:
+        parser.error(f"--peaks can be 100 at most on the {GRID}×{GRID} grid, got {max(args.peaks)}.")
+    return args
+
+
+def show(name: str, rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*(column.replace("_", " ") for column in columns), title=name)
+    for row in rows:
+        table.add_row(*(f"{row[c]:.3g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
+    Console(width=160).print(table)
+
+
+def main() -> None:
+    args = parse_args()
+    device = Accelerator().device
+    if args.cpu_threads:
+        torch.set_num_threads(args.cpu_threads)
+    results: dict[str, Any] = dict(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
+        threads=torch.get_num_threads(),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
+                      s3n_timm=s3n_timm.__version__),
+        args={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+    )
+    print(f"{results['device']}, {results['threads']} threads, torch {torch.__version__}, backbone {args.backbone}")
+    chosen: Calls = {name: lambda f=SECTIONS[name]: f(args, device) for name in args.sections or [*SECTIONS][:-1]}
+    if args.weights:
+        chosen = dict(weights=lambda: measure_weights(args.weights, args, device))
+    for name, call in chosen.items():
+        results[name] = call()
+        show(name, results[name])
+        if args.output:  # after each section: a benchmark that is stopped keeps what it has
+            replace_text(args.output, json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
