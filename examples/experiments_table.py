@@ -6,20 +6,23 @@ from a row of the same seed and the same test images.
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablation_table import spread
+from ablation_table import show, spread
 from experiments import RESULTS, ROWS
 from files import replace_text, replacing_file
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from s3n_timm.evaluation import bootstrap_difference
 
-HEADER = ("row", "what", "passes a step", "epochs", "px", "seeds", "joint", "O", "D", "C", "hits %", "loc. %",
-          "training s", "− plain", "95 %")
+BASELINES = ("plain", "plain-18", "plain-288")  # equal epochs, equal training compute, equal cost of an image
+HEADER = ("row", "what", "epochs", "px", "passes an image", "seeds", "top-1 %", "joint", "mean", "O", "D", "C",
+          "hits %", "loc. %", *(f"− {name}" for name in BASELINES))
 
 
 def read_runs(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -36,64 +39,82 @@ def flag(run: dict[str, Any], name: str, default: str) -> str:
     return words[words.index(name) + 1] if name in words else default
 
 
-def count_cost(run: dict[str, Any]) -> tuple[int, int, int]:
-    """Backbone passes a step, epochs, and pixels a side of what they read."""
-    branches = "O" if "--plain" in run["train"] else flag(run, "--branches", "O+D+C")
+def count_passes(run: dict[str, Any]) -> float:
+    """Backbone passes that answering one image takes on average, in passes at 160 px."""
     kwargs = json.loads(flag(run, "--model-kwargs", "{}"))
-    side = kwargs.get("scan_size", int(flag(run, "--img-size", "160")))
-    return 1 + sum(branch in branches for branch in "DC"), int(flag(run, "--epochs", "6")), side
+    side = int(flag(run, "--img-size", "160"))
+    passes = (kwargs.get("scan_size", side) / 160) ** 2
+    branches = "O" if "--plain" in run["train"] else flag(run, "--branches", "O+D+C")
+    warped = (kwargs.get("zoom_size", side) / 160) ** 2 * sum(branch in branches for branch in "DC")
+    return passes + (1 - run.get("exited", 0)) * warped
 
 
-def correct(run: dict[str, Any]) -> torch.Tensor:
-    return torch.tensor([answer == "1" for answer in run["correct"]["joint"]])
+def read_answers(run: dict[str, Any]) -> torch.Tensor:
+    return torch.tensor([answer == "1" for answer in run.get("answered", run["correct"]["joint"])])
 
 
-def compare(runs: dict[int, dict[str, Any]], baselines: dict[int, dict[str, Any]]) -> tuple[str, str]:
-    """Mean difference of joint top-1 in percentage points, and its paired bootstrap interval over all answers."""
+def compare(runs: dict[int, dict[str, Any]], baselines: dict[int, dict[str, Any]]) -> str:
+    """Mean difference in percentage points on the seeds that both have, and its paired 95 % bootstrap interval."""
     seeds = [seed for seed in runs if seed in baselines]
     if not seeds or runs is baselines:
-        return "", ""
-    ours = torch.cat([correct(runs[seed]) for seed in seeds])
-    theirs = torch.cat([correct(baselines[seed]) for seed in seeds])
+        return ""
+    ours, theirs = (torch.stack([read_answers(of_row[seed]) for seed in seeds]) for of_row in (runs, baselines))
     low, high = bootstrap_difference(ours, theirs)
     difference = 100 * (ours.double().mean() - theirs.double().mean()).item()
-    return f"{difference:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def format_rows(runs: dict[str, dict[int, dict[str, Any]]]) -> list[list[str]]:
-    def show(values: list[float | None], form: str = ".1f") -> str:
-        figure = spread(values)
-        if figure["mean"] is None:
-            return ""
-        return format(figure["mean"], form) + ("" if figure["sd"] is None else f" ± {figure['sd']:{form}}")
-
     lines = []
     for name, of_row in runs.items():
         each = list(of_row.values())
-        passes, epochs, side = count_cost(each[0])
-        top1 = [show([(run["measures"]["accuracy"].get(output) or {}).get("top1") for run in each])
-                for output in ("joint", "original", "discriminative", "complementary")]
-        hits = show([(run["measures"].get("hits") or {}).get("rate") for run in each])
-        located = show([(run["measures"].get("localisation") or {}).get("joint", {}).get("accuracy") for run in each])
-        seconds = show([run["train_seconds"] for run in each], ".0f")
-        lines.append([name, ROWS[name].about, str(passes), str(epochs), str(side), str(len(each)), *top1, hits, located,
-                      seconds, *compare(of_row, runs.get("plain", {}))])
+        measures = [run["measures"] for run in each]
+        top1 = show(spread([100 * read_answers(run).double().mean().item() for run in each]))
+        outputs = [show(spread([(of_run["accuracy"].get(output) or {}).get("top1") for of_run in measures]))
+                   for output in ("joint", "mean", "original", "discriminative", "complementary")]
+        hits = show(spread([(of_run.get("hits") or {}).get("rate") for of_run in measures]))
+        located = [(of_run.get("localisation") or {}).get("joint", {}).get("accuracy") for of_run in measures]
+        passes = f"{statistics.fmean(count_passes(run) for run in each):.2f}"
+        epochs, side = flag(each[0], "--epochs", "6"), flag(each[0], "--img-size", "160")
+        lines.append([name, ROWS[name].about, epochs, side, passes, str(len(each)), top1, *outputs, hits,
+                      show(spread(located)), *(compare(of_row, runs.get(baseline, {})) for baseline in BASELINES)])
     return lines
 
 
 def draw(runs: dict[str, dict[int, dict[str, Any]]]) -> Figure:
-    """Accuracy against the cost of training, in passes of the backbone at 160 px over all training images."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    """Accuracy against what answering an image costs, in passes of the backbone at 160 px."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
     ax = figure.subplots()
+    places: list[tuple[float, float, str]] = []
     for name, of_row in runs.items():
-        passes, epochs, side = count_cost(next(iter(of_row.values())))
-        values = [run["measures"]["accuracy"]["joint"]["top1"] for run in of_row.values()]
-        cost, mean = passes * epochs * (side / 160) ** 2, statistics.fmean(values)
+        each = list(of_row.values())
+        values = [100 * read_answers(run).double().mean().item() for run in each]
+        cost, mean = statistics.fmean(count_passes(run) for run in each), statistics.fmean(values)
         color = "tab:gray" if name.startswith("plain") else "tab:blue"
-        ax.errorbar(cost, mean, statistics.stdev(values) if len(values) > 1 else None, fmt="o", color=color)
-        ax.annotate(name, (cost, mean), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    ax.set_xlabel("backbone passes over the training images, at 160 px")
-    ax.set_ylabel("joint top-1 % on the test split")
+        long = int(flag(each[0], "--epochs", "6")) > 6
+        ax.errorbar(cost, mean, statistics.stdev(values) if len(values) > 1 else None, fmt="s" if long else "o",
+                    markersize=5, color=color)
+        places.append((cost, mean, name))
+    # a row that failed would press all others together: it is named, not drawn
+    lowest = max(mean for _, mean, _ in places) - 15
+    failed = [f"{name} {mean:.1f} %" for _, mean, name in places if mean < lowest]
+    ax.set_ylim(lowest, lowest + 18)
+    ax.set_xlim(0.8, 14)
+    ax.set_xscale("log")
+    ax.set_xticks([1, 2, 3, 4, 6, 10], ["1", "2", "3", "4", "6", "10"], minor=False)
+    ax.xaxis.set_minor_locator(NullLocator())
+    if failed:
+        ax.text(0.99, 0.01, f"below: {', '.join(failed)}", transform=ax.transAxes, ha="right", fontsize=8)
+    heights: dict[int, float] = {}  # where the last name stands that belongs to points of about one cost
+    for cost, mean, name in sorted(places, key=lambda place: place[1]):
+        if mean >= lowest:
+            column = round(4 * math.log2(cost))
+            heights[column] = max(mean - 0.2, heights.get(column, 0) + 0.55)
+            ax.annotate(name, (cost, mean), (cost * 1.07, heights[column]), va="center", fontsize=8,
+                        arrowprops=dict(arrowstyle="-", color="lightgray", shrinkA=0, shrinkB=3))
+    ax.set_title("plain backbone grey, S3N blue; circles 6 epochs, squares 18; bars: deviation of seeds", fontsize=9)
+    ax.set_xlabel("backbone passes an image, at 160 px")
+    ax.set_ylabel("top-1 % on the test split")
     return figure
 
 
