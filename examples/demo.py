@@ -198,7 +198,10 @@ def main() -> None:
             prevent_thread_lock=True,
         )
         print(f"Open {page.local_url} in a browser; Ctrl-C ends it.", flush=True)
-        page.block_thread()
+        try:
+            page.block_thread()
+        finally:
+            page.close(verbose=False)  # a thread that still computes when the interpreter goes aborts the process
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -265,6 +266,23 @@ def test_only_the_temporary_folder_is_written_and_it_goes(weights, bird, tmp_pat
     stop(server)
     assert not folder.exists()
     assert outside() == []
+
+
+def test_ends_in_order_while_it_computes(tmp_path):
+    torch.manual_seed(0)
+    model = S3N("resnet50", num_classes=len(NAMES)).eval()  # slow enough to be met at work
+    config = dict(input_size=(3, 448, 448), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, interpolation="bicubic")
+    server = start(tmp_path, "--weights", save(model, tmp_path / "weights", label_names=NAMES, data_config=config))
+    client = Client(server.url, verbose=False, analytics_enabled=False, download_files=False)
+    draw_bird(np.random.default_rng(1), 1, 4, 448).image.save(tmp_path / "bird.png")
+    for _ in range(3):
+        client.submit(handle_file(str(tmp_path / "bird.png")), 0.2, 1, "expected", api_name="/explain")
+    process = psutil.Process(server.process.pid)
+    idle = process.cpu_times().user
+    while process.cpu_times().user < idle + 0.7:
+        time.sleep(0.05)
+    stop(server)
+    assert not list((tmp_path / "tmp").glob("s3n-demo-*"))
 
 
 # starting
