@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 import s3n_timm
-from s3n_timm.model import ATTENTIONS, BRANCH_SETS, PRESETS
+from s3n_timm.model import ANSWERS, ATTENTIONS, BRANCH_SETS, PRESETS
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -61,6 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--pretrained-path", help="a file with those weights, or with S3N's, in place of the Hub")
     model.add_argument("--branches", default="O+D+C", choices=BRANCH_SETS)
     model.add_argument("--attention", default="sparse", choices=ATTENTIONS)
+    model.add_argument("--answer", default="joint", choices=ANSWERS, help="which output answers, and chooses the epoch")
     model.add_argument("--model-kwargs", type=json.loads, default={}, metavar="JSON", help="further arguments of S3N")
     model.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all processes")
     model.add_argument("--freeze-bn", action="store_true", help="keep the batch-norm statistics of the start")
@@ -105,6 +106,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(preset=first.recipe)
         first = parser.parse_args([*(sys.argv[1:] if argv is None else argv), "--recipe", ""])
     recipe = _read_recipe(first, parser)
+    if first.plain and first.answer != "joint":
+        parser.error(f"--plain has one output: leave out --answer {first.answer}.")
+    if first.plain:
+        recipe.pop("answer", None)
     if first.backbone not in (None, recipe["backbone"]):
         recipe.pop("model_kwargs", None)  # meant for the recipe's own backbone
     parser.set_defaults(**recipe)

@@ -3,7 +3,7 @@
 Every figure is a ratio between things that ran by turns in one process, of the medians of their times, so that a busy
 machine slows them alike. Read it top to bottom: how time and memory are measured, then one function a section:
 
-    stage   sampling against two bare grid_sample calls, and against loops over images and peaks
+    stage   sampling against two bare grid_sample calls, three backbone passes, and loops over images and peaks
     model   forward and training step against three plain passes of the backbone
     growth  the forward as batch, image, classes and peaks grow
     data    the share of training's wall time in which the device computes
@@ -141,7 +141,7 @@ def sample_by_loops(image: Tensor, response: Tensor, beta_discriminative: Tensor
 
 
 def measure_stage(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    rows = []
+    rows, plain = [], create_models(args, device)[1].eval()
     for size, batch, peaks in [(s, b, p) for s in args.sizes for b in args.batch_sizes for p in args.peaks]:
         image, response = torch.rand(batch, 3, size, size, device=device), draw_peaks(batch, peaks, device)
         betas = [torch.tensor([value], device=device, requires_grad=True) for value in (3.9, 13.2)]
@@ -157,21 +157,26 @@ def measure_stage(args: argparse.Namespace, device: torch.device) -> list[dict[s
         def loops(image=image, response=response, betas=betas) -> list[Tensor]:
             return sample_by_loops(image, response, *betas)
 
+        def passes(image=image) -> list[Tensor]:
+            return [plain(image), plain(torch.cat([image, image]))]
+
         def images(call: Callable[[], Any]) -> list[Tensor]:
             made = call()
             return [made.discriminative, made.complementary] if isinstance(made, SelectiveSample) else made
 
         difference = max((a - b).abs().max().item() for a, b in zip(images(ours), images(loops)))
-        calls = dict(ours=ours, bare=bare, loops=loops)
+        calls = dict(ours=ours, bare=bare, loops=loops, passes=passes)
+        learn = dict(ours=betas, bare=grids, loops=betas, passes=list(plain.parameters()))
         with torch.inference_mode():
             forward = time_by_turns(calls, device, args)
-        both = {name: with_gradients(lambda call=call: sum(each.sum() for each in images(call)),
-                                     grids if name == "bare" else betas) for name, call in calls.items()}
+        both = {name: with_gradients(lambda call=call: sum(each.sum() for each in images(call)), learn[name])
+                for name, call in calls.items()}
         backward = time_by_turns(both, device, args)
         for kind, seconds in (("forward", forward), ("forward + backward", backward)):
             rows.append(dict(
                 size=size, batch=batch, peaks=peaks, kind=kind, milliseconds=1000 * seconds["ours"],
                 times_bare=seconds["ours"] / seconds["bare"], loops_times_ours=seconds["loops"] / seconds["ours"],
+                percent_of_passes=100 * seconds["ours"] / seconds["passes"],
                 largest_difference=difference,
             ))
     return rows

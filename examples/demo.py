@@ -27,7 +27,7 @@ try:
 
     from s3n_timm import S3N
     from s3n_timm.birds import draw_bird
-    from s3n_timm.classifier import Classifier, read_image
+    from s3n_timm.classifier import Classifier
     from s3n_timm.draw import draw_explanation
     from s3n_timm.peaks import PARTITION_MODES
 except ImportError as error:
@@ -35,7 +35,6 @@ except ImportError as error:
 
 MAX_BYTES = 20 * 2**20  # of an upload
 MAX_PIXELS = 50_000_000  # of a photograph: 150 MB when decoded
-MAX_ASPECT = 20  # its long to its short side: a line of pixels, resized to the height of the input, fills any memory
 EMBEDDED = Path("output/demo")  # the model without --weights
 TRAINING = ("--num-images", "2000", "--epochs", "8", "--checkpoint-hist", "1")
 CLASSES = 4  # of the drawn birds
@@ -95,10 +94,7 @@ def explain(
     Raises:
         ValueError: the file is no image that the model can read.
     """
-    pixels = read_image(photograph)
-    if max(pixels.size) > MAX_ASPECT * min(pixels.size):
-        raise ValueError(f"{photograph} is {pixels.width}×{pixels.height} pixels, too long and thin: crop it first.")
-    image = classifier.prepare(pixels)
+    image = classifier.prepare(photograph)
     model = adjust(classifier.model, threshold, width, partition)
     seen = model.explain(image[None].to(next(model.parameters())))
     model.explain = lambda _: seen  # asked once: bars and picture agree, whatever the partition draws
@@ -177,7 +173,7 @@ def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
 def main() -> None:
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # unwinds, so that the temporary folder goes
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # read_image refuses more before it decodes them
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # the classifier refuses more before it decodes them
     with exiting_on(ValueError, OSError), tempfile.TemporaryDirectory(prefix="s3n-demo-") as folder:
         classifier = Classifier.from_pretrained(args.weights or train_embedded(EMBEDDED))
         if not isinstance(classifier.model, S3N):

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -82,10 +83,21 @@ def list_images(args: argparse.Namespace) -> Iterable[Item]:
         return read_rows(datasets.load_dataset("parquet", data_files=files, split="data", streaming=True), args)
     if not path.is_dir():
         raise ValueError(f"SOURCE {path} is neither a folder nor a .parquet file, nor does it begin with hub:.")
-    paths = sorted(str(each) for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
-    if not paths:
+    paths = walk(path)
+    first = next(paths, None)
+    if first is None:
         raise ValueError(f"SOURCE {path} has no image: their names end in {', '.join(sorted(SUFFIXES))}.")
-    return zip(paths, paths)
+    return ((name, name) for name in itertools.chain([first], paths))
+
+
+def walk(folder: Path) -> Iterator[str]:
+    """The images below a folder, in an order of its own; the names of one folder are held at a time."""
+    def fail(error: OSError) -> None:  # os.walk passes over a folder that it cannot read
+        raise error
+
+    for root, folders, files in os.walk(folder, onerror=fail):
+        folders.sort()
+        yield from (os.path.join(root, name) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
 
 
 def read_rows(rows: Any, args: argparse.Namespace) -> Iterator[Item]:

@@ -47,7 +47,7 @@ def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accele
         if num_classes != model.pretrained_cfg.get("num_classes"):
             model.reset_classifier(num_classes)  # as S3N does, so that both start alike
     else:
-        options.update(preset=args.preset, branches=args.branches, attention=args.attention)
+        options.update(preset=args.preset, branches=args.branches, attention=args.attention, answer=args.answer)
         model = timm.create_model("s3n", backbone=args.backbone, **options, **args.model_kwargs)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -203,7 +203,7 @@ def train_epoch(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Any, accelerator: Accelerator, desc: str = "") -> dict[str, float]:
-    """Top-1 accuracy in % of every branch and of their fusion; images that even out the processes count once."""
+    """Top-1 accuracy in % of every output; images that even out the processes count once."""
     model.eval()
     bare = unwrap(model, accelerator)
     if isinstance(bare, S3N):
@@ -212,7 +212,8 @@ def evaluate(model: nn.Module, loader: Any, accelerator: Accelerator, desc: str 
     for batch in tqdm(loader, desc=desc, disable=not accelerator.is_main_process, leave=False):
         with accelerator.autocast():
             output = model(batch["image"])
-        for name, logits in (output._asdict() if isinstance(bare, S3N) else dict(joint=output)).items():
+        known = output._asdict() | {bare.answer: bare.decide(output)} if isinstance(bare, S3N) else dict(joint=output)
+        for name, logits in known.items():
             if logits is not None:
                 hits.setdefault(name, []).append(accelerator.gather_for_metrics(logits.argmax(1) == batch["label"]))
     if isinstance(bare, S3N):
@@ -377,11 +378,11 @@ def main() -> None:
                               f"({time.monotonic() - started:.0f} s)")
             row |= {f"{watched}_{branch}{'' if name == 'live' else '_ema'}": v for branch, v in figures.items()}
         progress.history.append(row)
-        best = max(top1, key=lambda name: top1[name]["joint"], default=None)
+        best = max(top1, key=lambda name: top1[name][args.answer], default=None)
         if best is not None and watched == "test":  # no epoch is chosen on the test split
             best, progress.best = "live", -1.0
-        if best is not None and top1[best]["joint"] > progress.best:
-            progress.best, progress.best_epoch = top1[best]["joint"], progress.epoch
+        if best is not None and top1[best][args.answer] > progress.best:
+            progress.best, progress.best_epoch = top1[best][args.answer], progress.epoch
             run.export(judged[best], "best")
         run.export(model, "last")
         if ema is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import hub
 
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray | Tensor"
+MAX_ASPECT = 20  # long to short side: a line of pixels, resized to the height of the input, would fill any memory
 KINDS = "a path, a file's bytes, a PIL image, an H×W or H×W×3 array, or a 3×H×W tensor"
 
 
@@ -139,7 +140,8 @@ class Classifier:
 
         Raises:
             TypeError: it is none of these.
-            ValueError: it cannot be read, is empty, too large, or has values that are no brightness.
+            ValueError: it cannot be read, is empty, too large, more than 20 times as long as it is wide, or has values
+                that are no brightness.
         """
         return self.transform(read_image(image))
 
@@ -194,6 +196,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _as_rgb(image: Image.Image) -> Image.Image:
     if math.prod(image.size) == 0:
         raise ValueError(f"it has no pixel: its size is {image.size}.")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"it is too long and thin, {image.width}×{image.height} pixels: crop it first.")
     turned = ImageOps.exif_transpose(image)
     if turned.mode in ("I", "F") or turned.mode.startswith("I;16"):
         values = np.asarray(turned, dtype=np.float64)

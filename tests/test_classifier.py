@@ -144,6 +144,7 @@ BAD = {
     "NaN": (lambda p: np.full((4, 4, 3), np.nan), ValueError, r"must lie in \[0, 1\]"),
     "bytes as floats": (lambda p: torch.full((3, 4, 4), 200.0), ValueError, r"must lie in \[0, 1\]"),
     "integers": (lambda p: torch.zeros(3, 4, 4, dtype=torch.long), TypeError, "must be bytes"),
+    "a line": (lambda p: np.zeros((1, 50_000, 3), np.uint8), ValueError, "too long and thin, 50000×1 pixels"),
     "negative": (lambda p: Image.fromarray(np.full((4, 4), -1, np.int32)), ValueError, "must lie in"),
 }
 

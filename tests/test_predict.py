@@ -49,7 +49,7 @@ def test_sure_images_are_answered_by_the_original_branch():
         outputs = model(everything)
     own = outputs.original.softmax(1)
     entropy = torch.special.entr(own).sum(1)
-    threshold = entropy.median().item()
+    threshold = entropy.sort().values[4:6].mean().item()  # of no image itself, which rounding could move
     expected = torch.where((entropy < threshold)[:, None], own, outputs.joint.softmax(1))
     sizes = count_reads(model)
     found = list(predict(model, images, exit_entropy=threshold))

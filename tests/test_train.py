@@ -58,6 +58,31 @@ def test_epochs_between_evaluations_are_trained_alike(trained, tmp_path):
     assert largest_difference(tmp_path / "run", tmp_path / "each") == 0
 
 
+def test_answer_of_all_outputs_is_trained_chosen_and_kept(tmp_path):
+    text = train("--epochs", 2, "--answer", "mean", "--output", tmp_path / "run")
+    summary = rows(tmp_path / "run")
+    assert all(each["val_mean"] and each["val_joint"] for each in summary)
+    assert "mean" in json.loads((tmp_path / "run" / "results.json").read_text())["test_top1"]["best"]
+    assert "mean" in text
+    model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'best'}", pretrained=True)
+    assert model.answer == "mean"
+    chosen = max(float(each["val_mean"]) for each in summary)
+    best, last = weights(tmp_path / "run", "best"), weights(tmp_path / "run")
+    is_last = all(torch.equal(best[name], last[name]) for name in best)
+    assert is_last == (float(summary[1]["val_mean"]) == chosen > float(summary[0]["val_mean"]))
+
+
+def test_answer_is_the_recipes_for_own_data_and_of_s3n_alone(tmp_path, capsys):
+    own = ["--dataset", "folder", "--data-dir", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert parse_args(own).answer == "mean"
+    assert parse_args([*own, "--answer", "joint"]).answer == "joint"
+    assert parse_args([*own, "--plain"]).answer == "joint"
+    assert parse_args(["--output", str(tmp_path / "out")]).answer == "joint"
+    with pytest.raises(SystemExit):
+        parse_args([*own, "--plain", "--answer", "mean"])
+    assert "leave out --answer" in capsys.readouterr().err
+
+
 def rows(output):
     with (output / "summary.csv").open() as file:
         return list(csv.DictReader(file))
