@@ -8,8 +8,6 @@ from torch import Tensor
 # Below this a peak's value is taken as this: 1/R and the Gaussian's width stay finite in float32.
 MIN_PEAK = 1e-6
 MIN_SPREAD = 1e-12
-# e to this is nothing beside any floor; further down the products leave float32's normal numbers, where CPUs are slow
-MIN_EXPONENT = -40.0
 
 
 def _squared_distances(cells: int, device: torch.device) -> Tensor:
@@ -71,7 +69,6 @@ def sampling_map(
     beta = torch.as_tensor(beta, dtype=torch.float32, device=value.device)
     falloff = -1 / (value * beta.square()).clamp_min(MIN_SPREAD)
     rows, columns = value.shape[1:]
-    along_y = _squared_distances(rows, value.device)[None, :, :, None] * falloff[:, None]
-    along_x = _squared_distances(columns, value.device)[None, :, None, :] * falloff[:, None]
-    across_y, across_x = (along.clamp_min(MIN_EXPONENT).exp() for along in (along_y, along_x))
-    return floor + (across_y * height[:, None]).flatten(2) @ across_x.flatten(2).transpose(1, 2)
+    across_y = torch.exp(_squared_distances(rows, value.device)[None, :, :, None] * falloff[:, None]) * height[:, None]
+    across_x = torch.exp(_squared_distances(columns, value.device)[None, :, None, :] * falloff[:, None])
+    return floor + across_y.flatten(2) @ across_x.flatten(2).transpose(1, 2)
