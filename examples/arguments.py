@@ -106,10 +106,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(preset=first.recipe)
         first = parser.parse_args([*(sys.argv[1:] if argv is None else argv), "--recipe", ""])
     recipe = _read_recipe(first, parser)
-    if first.plain and first.answer != "joint":
-        parser.error(f"--plain has one output: leave out --answer {first.answer}.")
     if first.plain:
-        recipe.pop("answer", None)
+        recipe.pop("answer", None)  # meant for S3N
     if first.backbone not in (None, recipe["backbone"]):
         recipe.pop("model_kwargs", None)  # meant for the recipe's own backbone
     parser.set_defaults(**recipe)
@@ -165,6 +163,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error("--streaming can't hold images out: give --val-split NAME or --val-fraction 0.")
     if args.plain and (args.branches != "O+D+C" or args.attention != "sparse"):
         parser.error("--plain has no branches and no attention: leave out --branches and --attention.")
+    if args.plain and args.answer != "joint":
+        parser.error(f"--plain has one output: leave out --answer {args.answer}.")
     if args.plain and args.distillation:
         parser.error("--plain has one output and nobody to learn from: leave out --distillation.")
     if args.output.exists() and any(args.output.iterdir()) and not args.resume:
