@@ -252,18 +252,18 @@ class Run:
 
 def report(loader: Any, kinds: list[str], run: Run) -> None:
     """Test each kind of weights once and print a closing table."""
-    results = {}
+    top1 = {}
     for kind in kinds:
         model = timm.create_model(f"local-dir:{run.args.output / kind}", pretrained=True).to(run.accelerator.device)
-        results[kind] = evaluate(model, loader, run.accelerator, desc=f"test, {kind}")
+        top1[kind] = evaluate(model, loader, run.accelerator, desc=f"test, {kind}")
     if not run.accelerator.is_main_process:
         return
-    content = json.dumps(dict(test_top1=results, args=vars(run.args)), default=str)
-    replace_text(run.args.output / "results.json", content)
-    table = Table("branch", *results, title="top-1 % on the test split")
-    for branch in results["last"]:
-        table.add_row(branch, *(f"{result[branch]:.1f}" for result in results.values()))
-    table.add_row("chance", *[f"{100 / len(run.names):.1f}"] * len(results))
+    top1.setdefault("best", top1["last"])  # the same weights, where the last epoch is the best
+    replace_text(run.args.output / "results.json", json.dumps(dict(test_top1=top1, args=vars(run.args)), default=str))
+    table = Table("branch", *top1, title="top-1 % on the test split")
+    for branch in top1["last"]:
+        table.add_row(branch, *(f"{result[branch]:.1f}" for result in top1.values()))
+    table.add_row("chance", *[f"{100 / len(run.names):.1f}"] * len(top1))
     Console().print(table)
     print(f'Load it: import s3n_timm, timm; timm.create_model("local-dir:{run.args.output / "best"}", pretrained=True)')
 
@@ -333,9 +333,8 @@ def main() -> None:
         step_on_epochs=False,
         updates_per_epoch=train_loader.updates_per_epoch,
     )
-    ema = None
-    if args.model_ema:
-        ema = ModelEmaV3(unwrap(model, accelerator), decay=args.model_ema_decay, use_warmup=True)
+    bare = unwrap(model, accelerator)
+    ema = ModelEmaV3(bare, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
     progress = Progress(ema)
     accelerator.register_for_checkpointing(progress)
     for line in refused:
@@ -392,7 +391,8 @@ def main() -> None:
         if args.log_with:
             accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=progress.updates)
         run.save(progress)
-    report(test_loader, ["last", *(["ema"] if ema else []), "best"], run)
+    same = ema is None and progress.best_epoch == progress.epoch
+    report(test_loader, ["last", *(["ema"] if ema else []), *([] if same else ["best"])], run)
     accelerator.end_training()
 
 
