@@ -283,6 +283,8 @@ def _find_targets(grid: Tensor, target: Tensor, steps: int) -> tuple[Tensor, Ten
     eye = torch.eye(2, device=grid.device)
     field = torch.cat([grid, (_jacobian(grid) + 1e-3 * eye).flatten(-2)], dim=-1).permute(0, 3, 1, 2)
     half_pixel = torch.tensor([1 / (grid.shape[2] - 1), 1 / (grid.shape[1] - 1)], device=grid.device)
+    near = 0.01 * half_pixel
+    together = min(steps, 4)
 
     def read(q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         inside = q.clamp(-1, 1)
@@ -307,18 +309,18 @@ def _find_targets(grid: Tensor, target: Tensor, steps: int) -> tuple[Tensor, Ten
             q, missing = torch.where(nearer, trial, q), torch.where(nearer, trial_missing, missing)
             slopes = torch.where(nearer[..., None], trial_slopes, slopes)
             step = torch.where(nearer, (2 * step).clamp_max(1), step / 2)
-            if (missing.abs() < 0.01 * half_pixel).all():
+            if (missing.abs() < near).all():
                 break
         return q, missing
 
-    q, missing = approach(target, target, min(steps, 4))
+    q, missing = approach(target, target, together)
     # of a hundred thousand points a few hundred at the border take many steps: they go on alone, each image's first
-    late = (missing.abs() >= 0.01 * half_pixel).any(-1).flatten(1)
+    late = (missing.abs() >= near).any(-1).flatten(1)
     most = int(late.sum(1).max())
-    if most and steps > 4:
+    if most and steps > together:
         places = late.byte().argsort(dim=1, descending=True)[:, :most, None].expand(-1, -1, 2)
         rest, wanted = (points.flatten(1, 2).gather(1, places)[:, :, None] for points in (q, target))
-        found = approach(rest, wanted, steps - 4)
+        found = approach(rest, wanted, steps - together)
         q, missing = (
             points.flatten(1, 2).scatter(1, places, better[:, :, 0]).view_as(points)
             for points, better in zip((q, missing), found)
