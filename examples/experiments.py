@@ -78,9 +78,9 @@ ROWS = {
     "cascade-exit": Row("cascade, but sure images leave after O", trained="cascade", answer="mean",
                         exit_entropy=CASCADE_EXIT_ENTROPY),
     "branch-norm": Row("batch norm per branch", given(branch_norm=True)),
-    "plain-288-18": Row("the backbone alone, 288 px, until it stops rising",
+    "plain-288-18": Row("the backbone alone, 288 px, three times the epochs",
                         (*PLAIN, "--img-size", "288", "--epochs", "18")),
-    "s3n-18": Row("S3N until it stops rising", ("--epochs", "18")),
+    "s3n-18": Row("S3N, three times the epochs", ("--epochs", "18")),
 }
 
 
