@@ -84,7 +84,7 @@ def scale_epochs(epochs: int, passes: int) -> int:
 
 # a run that goes on may differ in these from the one that was interrupted; the rest decides what a figure means
 FREE = FREE_TO_CHANGE - {"epochs", "patience", "batch_size", "grad_accum_steps", "data_dir", "pretrained_path"}
-OF_ROWS = ("--output", "--resume", "--seed", "--plain", "--branches", "--attention")
+OF_ROWS = ("--output", "--resume", "--seed", "--plain", "--branches", "--attention", "--answer")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -116,6 +116,7 @@ def create_train_flags(options: dict[str, Any], shared: argparse.Namespace) -> l
         flags = ["--plain"]
     else:
         flags = ["--branches", options.get("branches", FULL), "--attention", options.get("attention", "sparse")]
+        flags += ["--answer", "joint"]  # what the paper's tables compare; it chooses the epoch, too
         if "partition" in options:
             kwargs |= dict(partition_train=options["partition"], partition_eval=options["partition"])
         warmup = kwargs.get("partition_warmup_epochs", PRESETS[shared.preset]["partition_warmup_epochs"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+from files import IMAGE_SUFFIXES
 from PIL import Image
 from safetensors import SafetensorError
 from timm.data import create_transform, resolve_data_config
@@ -40,7 +41,6 @@ except ImportError as error:
 
 FORMATS = ("onnx", "pt2")
 RANDOM = ("probability", "random")
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 ONNX_BYTES = 1_900_000_000  # protobuf's limit of 2 GiB, less what is not weights
 Run = Callable[[Tensor], Tensor]
 
@@ -131,9 +131,11 @@ def load_images(args: argparse.Namespace, data_config: dict[str, Any], transform
     else:
         paths = []
         for path in args.images:
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+            found = [path]
+            if path.is_dir():
+                found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
             if not found:
-                raise ValueError(f"--images {path} holds no image ({', '.join(SUFFIXES)}).")
+                raise ValueError(f"--images {path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
             paths += found
         count = min(args.num_images, len(paths))
         paths = [paths[i * len(paths) // count] for i in range(count)]

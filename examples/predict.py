@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from files import replace_text, replacing_file
+from files import IMAGE_SUFFIXES, replace_text, replacing_file
 from launching import exiting_on, start_all_processes, use_cpu_threads
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +32,6 @@ import s3n_timm
 from s3n_timm.classifier import read_image
 from s3n_timm.evaluation import magnified_boxes
 
-SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 WRITERS = dict(parquet="to_parquet", csv="to_csv", jsonl="to_json")
 BRANCHES = ("discriminative", "complementary")
 BOX = datasets.Sequence(datasets.Value("float64"))
@@ -86,7 +85,7 @@ def list_images(args: argparse.Namespace) -> Iterable[Item]:
     paths = walk(path)
     first = next(paths, None)
     if first is None:
-        raise ValueError(f"SOURCE {path} has no image: their names end in {', '.join(sorted(SUFFIXES))}.")
+        raise ValueError(f"SOURCE {path} has no image: their names end in {', '.join(IMAGE_SUFFIXES)}.")
     return ((name, name) for name in itertools.chain([first], paths))
 
 
@@ -97,7 +96,7 @@ def walk(folder: Path) -> Iterator[str]:
 
     for root, folders, files in os.walk(folder, onerror=fail):
         folders.sort()
-        yield from (os.path.join(root, name) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
+        yield from (os.path.join(root, name) for name in sorted(files) if Path(name).suffix.lower() in IMAGE_SUFFIXES)
 
 
 def read_rows(rows: Any, args: argparse.Namespace) -> Iterator[Item]:

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 
-from files import replacing_file
+from files import IMAGE_SUFFIXES, replacing_file
 from launching import exiting_on
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from s3n_timm.classifier import Classifier
 from s3n_timm.draw import draw_contact_sheet, draw_epochs, draw_explanation
@@ -53,10 +52,10 @@ def find_images(paths: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
             if output.resolve() == path.resolve():
                 raise ValueError(f"--output {output} would mix pictures with the images: choose another folder.")
             own = path.resolve() in output.resolve().parents  # pictures of an earlier run are no images to draw
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS
+            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES
                      and file.is_file() and not (own and output.resolve() in file.resolve().parents)]
             if not files:
-                raise ValueError(f"{path} holds no image: no file in it ends in {', '.join(IMG_EXTENSIONS)}.")
+                raise ValueError(f"{path} holds no image: no file in it ends in {', '.join(IMAGE_SUFFIXES)}.")
             found += [(file, file.relative_to(path)) for file in files]
         elif path.exists():
             found.append((path, Path(path.name)))

@@ -407,6 +407,11 @@ def test_rows_differ_in_nothing_but_what_they_compare(script):
     assert plan(script, *FLAGS, seed=7).settings["seed"] == 7
 
 
+def test_the_output_that_is_tabulated_chooses_the_epoch(script, tmp_path):
+    plans = [plan(script, "--dataset", "folder", "--data-dir", tmp_path, name=name) for name in script.ROWS]
+    assert {run.settings["answer"] for run in plans} == {"joint"}, "the recipe of one's own data has the mean"
+
+
 def test_further_arguments_are_merged(script):
     flags = [*FLAGS, "--model-kwargs", '{"grid_size": 21}']
     for name, more in (("O+D", {}), ("random", dict(partition_train="random", partition_eval="random"))):
@@ -460,6 +465,7 @@ def test_evaluation_follows_training(script, flags, kind, expected):
         (["--", "--seed", "3"], "--seed is not for all rows"),
         (["--", "--branch=O"], "--branch=O is not for all rows"),
         (["--", "--plain"], "--plain is not for all rows"),
+        (["--", "--answer", "mean"], "--answer is not for all rows"),
         (["--", "--patience", "3"], "--patience would end rows"),
         (["--", "--model-kwargs", '{"partition_eval": "all"}'], "--model-kwargs sets the partition"),
         (["--", "--epochs", "0"], "--epochs must be positive"),
