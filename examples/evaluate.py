@@ -133,7 +133,7 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     if args.answer:
         if not isinstance(model, s3n_timm.S3N):
             raise ValueError(f"--answer {args.answer} needs an S3N, and this model has one output: leave it out.")
-        model.answer = args.answer
+        model.set_answer(args.answer)
     return model
 
 

@@ -50,7 +50,10 @@ PLAIN = ("--plain", "--backbone-lr-scale", "1")
 # s3n_timm.evaluation.choose_exit_entropy at a loss of 0.3 points, on validation runs (results/README.md says which)
 EXIT_ENTROPY = 1.68
 CASCADE_EXIT_ENTROPY = 1.29
+FOCUS_EXIT_ENTROPY = 0.71
 CASCADE = ("--branches", "O+D", "--img-size", "320", *given(scan_size=160, zoom_size=224))
+# the response covers the bird, a peak one place on it, and a lower floor magnifies more
+FOCUS = ("--branches", "O+D", "--img-size", "320", "--attention", "response")
 ROWS = {
     "plain": Row("the backbone alone, equal epochs", PLAIN),
     "plain-18": Row("the backbone alone, three times the epochs", (*PLAIN, "--epochs", "18")),
@@ -77,6 +80,10 @@ ROWS = {
     "cascade": Row("O+D, 320 px in, 160 scanned, 224 zoomed; the mean answers", CASCADE, answer="mean"),
     "cascade-exit": Row("cascade, but sure images leave after O", trained="cascade", answer="mean",
                         exit_entropy=CASCADE_EXIT_ENTROPY),
+    "focus": Row("cascade, dense attention by the response over a floor of 0.03; D answers",
+                 (*FOCUS, *given(scan_size=160, zoom_size=224, floor=0.03)), answer="discriminative"),
+    "focus-exit": Row("focus, but sure images leave after O", trained="focus", answer="discriminative",
+                      exit_entropy=FOCUS_EXIT_ENTROPY),
     "branch-norm": Row("batch norm per branch", given(branch_norm=True)),
     "plain-288-18": Row("the backbone alone, 288 px, three times the epochs",
                         (*PLAIN, "--img-size", "288", "--epochs", "18")),

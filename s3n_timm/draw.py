@@ -80,7 +80,7 @@ def draw_explanation(
 
     first, *others = seen.chances.argsort(descending=True, stable=True)[:3].tolist()
     _write(figure, WIDTH / 2, 0.28, _say(first, seen.chances, label_names, WIDTH - 2, LARGE), LARGE, ha="center")
-    line = "joint prediction" if model.answer == "joint" else "prediction of all outputs together"
+    line = "prediction of all outputs together" if model.answer == "mean" else f"{model.answer} prediction"
     if others:
         line += ", ahead of " + " and ".join(_say(label, seen.chances, label_names, 2.5) for label in others)
     _write(figure, WIDTH / 2, 0.48, line, color=GREY, ha="center")

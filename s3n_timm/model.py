@@ -36,7 +36,7 @@ for _function in (gate_response, gate_weights, grid_mean, sample_response, scan)
 BRANCH_SETS = ("O", "O+D", "O+C", "D+C", "O+D+C")
 NECKS = ("none", "conv")
 KERNELS = ("gaussian", "learned")
-ANSWERS = ("joint", "mean")
+ANSWERS = ("joint", "mean", "original", "discriminative", "complementary")
 
 # What arguments may be at most: they come from any config.json, and a wrong one must not fill the memory.
 MAX_GRID = 255  # sparse attention holds G³ numbers for an image: 66 MB here
@@ -126,8 +126,9 @@ class S3N(nn.Module):
             is by default. Not the paper's, nor are the next three.
         zoom_size: pixels of the warped images, which are sampled from the input at its full resolution, see `zoom`.
         branch_norm: statistics of each branch's own in the backbone's batch norms, see `split_statistics`.
-        answer: `"joint"`, the fusion layer's logits, or `"mean"`: in eval mode the geometric mean of the probabilities
-            of all outputs, the branches' and the fusion layer's, see `mean_answer`.
+        answer: what a call gives in eval mode: `"joint"`, the fusion layer's logits; `"mean"`, the geometric mean of
+            the probabilities of all outputs, the branches' and the fusion layer's, see `mean_answer`; or the logits of
+            one of `branches`, `"original"`, `"discriminative"` or `"complementary"`.
         global_pool: `"avg"`, or `""` with `num_classes=0` for unpooled features.
         img_size: input size for backbones that are built for one.
         drop_rate: dropout before the classifiers.
@@ -211,7 +212,6 @@ class S3N(nn.Module):
         _check_choice("gate_scores", chosen["gate_scores"], ("logits", "maps"))
         _check_choice("peak_floor", peak_floor, ("mean", "none"))
         _check_choice("kernel", kernel, KERNELS)
-        _check_choice("answer", answer, ANSWERS)
         if not isinstance(branch_norm, bool):
             raise ValueError(f"branch_norm must be True or False, got {reprlib.repr(branch_norm)}.")
         _check_number("beta_discriminative", beta_discriminative, MIN_SCALE, MAX_SCALE)
@@ -235,9 +235,9 @@ class S3N(nn.Module):
                 check_count("img_size", side, 1, MAX_BUILT_SIZE)
 
         self.scan_size, self.zoom_size = _read_size("scan_size", scan_size), _read_size("zoom_size", zoom_size)
-        self.answer = answer
         self.in_chans = in_chans
         self.branches = branches
+        self.set_answer(answer)
         self.attention = attention
         self.partition_train: str = chosen["partition_train"]
         self.partition_eval: str = chosen["partition_eval"]
@@ -482,7 +482,7 @@ class S3N(nn.Module):
 
     def decide(self, logits: S3NLogits) -> Tensor:
         """The B×C logits that are the prediction, by `answer`."""
-        return logits.joint if self.answer == "joint" else mean_answer(logits)
+        return mean_answer(logits) if self.answer == "mean" else getattr(logits, self.answer)
 
     @torch.no_grad()
     def explain(self, x: Tensor) -> Explanation:
@@ -523,6 +523,17 @@ class S3N(nn.Module):
         if self.partition_warmup_epochs:
             self._warming_up = epoch < self.partition_warmup_epochs
             self.partition_warm.fill_(not self._warming_up)
+
+    def set_answer(self, answer: str) -> None:
+        """Choose the output that is the prediction.
+
+        Raises:
+            ValueError: `answer` is none of `ANSWERS`, or a branch that the model does not have.
+        """
+        _check_choice("answer", answer, ANSWERS)
+        if answer in S3NLogits._fields[1:] and answer[0].upper() not in self.branches:
+            raise ValueError(f"answer={answer!r} needs that branch, and this model has branches={self.branches!r}.")
+        self.answer = answer
 
     def set_branch_logits(self, enable: bool | None = True) -> None:
         """Return `S3NLogits` (True), joint logits (False), or whichever the mode asks for (None)."""

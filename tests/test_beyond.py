@@ -1,4 +1,4 @@
-"""Options that the paper does not have: zooming from a larger source, batch norm per branch, the mean answer."""
+"""Options that the paper does not have: zooming from a larger source, batch norm per branch, other answers."""
 
 import pytest
 import timm
@@ -183,7 +183,7 @@ def test_a_backbone_without_batch_norm_is_refused(backbone):
         S3N(backbone, CLASSES, branch_norm=True)
 
 
-# the mean answer
+# which output answers
 
 
 def test_mean_answer_is_the_geometric_mean_of_probabilities():
@@ -202,13 +202,27 @@ def test_mean_answer_is_the_geometric_mean_of_probabilities():
     torch.testing.assert_close(mean_answer(two).exp(), product / product.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize("branch", ["original", "discriminative", "complementary"])
+def test_a_branch_answers(branch):
+    model = build(answer=branch).eval()
+    x = images()
+    with torch.no_grad():
+        answer = model(x)
+        model.set_branch_logits(True)
+        outputs = model(x)._asdict()
+        records = measure_batch(model, dict(image=x, label=torch.tensor([0, 1, 2]), index=torch.arange(3)))
+    assert torch.equal(answer, outputs.pop(branch))
+    assert not any(torch.equal(answer, other) for other in outputs.values())
+    assert torch.equal(records["prediction_answer"], answer.argmax(1))
+
+
 # all of them
 
 EVERY = dict(scan_size=64, zoom_size=96, branch_norm=True, answer="mean")
 
 
 @pytest.mark.parametrize("options", [dict(scan_size=48, zoom_size=64), dict(branch_norm=True), dict(answer="mean"),
-                                     EVERY], ids=str)
+                                     dict(answer="discriminative"), EVERY], ids=str)
 def test_options_travel_compile_and_export(options, tmp_path):
     model = build(**options).eval()
     with torch.no_grad():
@@ -248,6 +262,8 @@ def test_all_options_train():
         (dict(scan_size=10**6), "scan_size must be pixels"),
         (dict(branch_norm="yes"), "branch_norm must be True or False"),
         (dict(answer="best"), "answer must be one of 'joint', 'mean'"),
+        (dict(answer="complementary", branches="O+D"), "answer='complementary' needs that branch"),
+        (dict(answer="original", branches="D+C"), "answer='original' needs that branch"),
     ],
 )
 def test_wrong_options_are_named(options, sentence):

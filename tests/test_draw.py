@@ -79,7 +79,7 @@ def test_every_panel_shows_what_explain_gives(model, images):
         torch.testing.assert_close(shown(axes, 1), large[0, 0])
 
 
-@pytest.mark.parametrize("answer", ["joint", "mean"])
+@pytest.mark.parametrize("answer", ["joint", "mean", "discriminative"])
 def test_heading_is_the_prediction(images, answer):
     model = create_model(answer=answer)
     chances = model(images[:1])[0].softmax(0).tolist()
