@@ -21,6 +21,8 @@ from matplotlib.ticker import NullLocator
 from s3n_timm.evaluation import bootstrap_difference
 
 BASELINES = ("plain", "plain-18", "plain-288")  # equal epochs, equal training compute, equal cost of an image
+# where the plot has the names of points with a neighbour on the right
+ABOVE, BELOW = ("plain-224", "plain-288", "plain-288-18"), ("focus-exit", "focus-224-exit")
 HEADER = ("row", "what", "epochs", "px", "passes an image", "seeds", "top-1 %", "joint", "mean", "O", "D", "C",
           "hits %", "loc. %", *(f"− {name}" for name in BASELINES))
 
@@ -85,19 +87,19 @@ def draw(runs: dict[str, dict[int, dict[str, Any]]]) -> Figure:
     """Accuracy against what answering an image costs, in passes of the backbone at 160 px."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     ax = figure.subplots()
-    places: list[tuple[float, float, str]] = []
+    places: list[tuple[float, float, float, str]] = []
     for name, of_row in runs.items():
         each = list(of_row.values())
         values = [100 * read_answers(run).double().mean().item() for run in each]
         cost, mean = statistics.fmean(count_passes(run) for run in each), statistics.fmean(values)
         color = "tab:gray" if name.startswith("plain") else "tab:blue"
         long = int(flag(each[0], "--epochs", "6")) > 6
-        ax.errorbar(cost, mean, statistics.stdev(values) if len(values) > 1 else None, fmt="s" if long else "o",
-                    markersize=5, color=color)
-        places.append((cost, mean, name))
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        ax.errorbar(cost, mean, deviation or None, fmt="s" if long else "o", markersize=5, color=color)
+        places.append((cost, mean, deviation, name))
     # a row that failed would press all others together: it is named, not drawn
-    lowest = max(mean for _, mean, _ in places) - 15
-    failed = [f"{name} {mean:.1f} %" for _, mean, name in places if mean < lowest]
+    lowest = max(mean for _, mean, _, _ in places) - 15
+    failed = [f"{name} {mean:.1f} %" for _, mean, _, name in places if mean < lowest]
     ax.set_ylim(lowest, lowest + 18)
     ax.set_xlim(0.8, 14)
     ax.set_xscale("log")
@@ -106,11 +108,17 @@ def draw(runs: dict[str, dict[int, dict[str, Any]]]) -> Figure:
     if failed:
         ax.text(0.99, 0.01, f"below: {', '.join(failed)}", transform=ax.transAxes, ha="right", fontsize=8)
     heights: dict[int, float] = {}  # where the last name stands that belongs to points of about one cost
-    for cost, mean, name in sorted(places, key=lambda place: place[1]):
-        if mean >= lowest:
+    for cost, mean, deviation, name in sorted(places, key=lambda place: place[1]):
+        if mean < lowest:
+            continue
+        if name in ABOVE:
+            ax.text(cost, mean + deviation + 0.2, name, ha="center", va="bottom", fontsize=8)
+        elif name in BELOW:
+            ax.text(cost, mean - deviation - 0.2, name, ha="center", va="top", fontsize=8)
+        else:
             column = round(4 * math.log2(cost))
-            heights[column] = max(mean - 0.2, heights.get(column, 0) + 0.55)
-            ax.annotate(name, (cost, mean), (cost * 1.07, heights[column]), va="center", fontsize=8,
+            heights[column] = max(mean - 0.2, heights.get(column, 0) + 0.45)
+            ax.annotate(name, (cost, mean), (cost * 1.08, heights[column]), va="center", fontsize=8,
                         arrowprops=dict(arrowstyle="-", color="lightgray", shrinkA=0, shrinkB=3))
     ax.set_title("plain backbone grey, S3N blue; circles 6 epochs, squares 18; bars: deviation of seeds", fontsize=9)
     ax.set_xlabel("backbone passes an image, at 160 px")
