@@ -23,6 +23,7 @@ from s3n_timm.evaluation import bootstrap_difference
 BASELINES = ("plain", "plain-18", "plain-288")  # equal epochs, equal training compute, equal cost of an image
 # where the plot has the names of points with a neighbour on the right
 ABOVE, BELOW = ("plain-224", "plain-288", "plain-288-18"), ("focus-exit", "focus-224-exit")
+LEFT = ("cascade-exit",)
 HEADER = ("row", "what", "epochs", "px", "passes an image", "seeds", "top-1 %", "joint", "mean", "O", "D", "C",
           "hits %", "loc. %", *(f"− {name}" for name in BASELINES))
 
@@ -115,6 +116,8 @@ def draw(runs: dict[str, dict[int, dict[str, Any]]]) -> Figure:
             ax.text(cost, mean + deviation + 0.2, name, ha="center", va="bottom", fontsize=8)
         elif name in BELOW:
             ax.text(cost, mean - deviation - 0.2, name, ha="center", va="top", fontsize=8)
+        elif name in LEFT:
+            ax.text(cost / 1.04, mean, name, ha="right", va="center", fontsize=8)
         else:
             column = round(4 * math.log2(cost))
             heights[column] = max(mean - 0.2, heights.get(column, 0) + 0.45)
