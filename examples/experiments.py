@@ -52,8 +52,14 @@ EXIT_ENTROPY = 1.68
 CASCADE_EXIT_ENTROPY = 1.29
 FOCUS_EXIT_ENTROPY = 0.71
 CASCADE = ("--branches", "O+D", "--img-size", "320", *given(scan_size=160, zoom_size=224))
-# the response covers the bird, a peak one place on it, and a lower floor magnifies more
-FOCUS = ("--branches", "O+D", "--img-size", "320", "--attention", "response")
+
+
+def focus(scan_size: int) -> tuple[str, ...]:
+    """The response covers the bird, a peak one place on it, and a lower floor magnifies more."""
+    kwargs = given(scan_size=scan_size, zoom_size=224, floor=0.03)
+    return "--branches", "O+D", "--img-size", "320", "--attention", "response", *kwargs
+
+
 ROWS = {
     "plain": Row("the backbone alone, equal epochs", PLAIN),
     "plain-18": Row("the backbone alone, three times the epochs", (*PLAIN, "--epochs", "18")),
@@ -80,12 +86,11 @@ ROWS = {
     "cascade": Row("O+D, 320 px in, 160 scanned, 224 zoomed; the mean answers", CASCADE, answer="mean"),
     "cascade-exit": Row("cascade, but sure images leave after O", trained="cascade", answer="mean",
                         exit_entropy=CASCADE_EXIT_ENTROPY),
-    "focus": Row("cascade, dense attention by the response over a floor of 0.03; D answers",
-                 (*FOCUS, *given(scan_size=160, zoom_size=224, floor=0.03)), answer="discriminative"),
+    "focus": Row("cascade, dense attention by the response over a floor of 0.03; D answers", focus(160),
+                 answer="discriminative"),
     "focus-exit": Row("focus, but sure images leave after O", trained="focus", answer="discriminative",
                       exit_entropy=FOCUS_EXIT_ENTROPY),
-    "focus-224": Row("focus, 224 scanned and 224 zoomed; the mean answers",
-                     (*FOCUS, *given(scan_size=224, zoom_size=224, floor=0.03)), answer="mean"),
+    "focus-224": Row("focus, 224 scanned and 224 zoomed; the mean answers", focus(224), answer="mean"),
     "focus-224-exit": Row("focus-224, but sure images leave after O", trained="focus-224", answer="mean",
                           exit_entropy=EXIT_ENTROPY),
     "branch-norm": Row("batch norm per branch", given(branch_norm=True)),

@@ -21,9 +21,9 @@ from matplotlib.ticker import NullLocator
 from s3n_timm.evaluation import bootstrap_difference
 
 BASELINES = ("plain", "plain-18", "plain-288")  # equal epochs, equal training compute, equal cost of an image
-# where the plot has the names of points with a neighbour on the right
-ABOVE, BELOW = ("plain-224", "plain-288", "plain-288-18"), ("focus-exit", "focus-224-exit")
-LEFT = ("cascade-exit",)
+# points with a neighbour on the right, where all others have their names in the plot: the side of these names, (x, y)
+SIDES = {"plain-224": (0, 1), "plain-288": (0, 1), "plain-288-18": (0, 1), "focus-exit": (0, -1),
+         "focus-224-exit": (0, -1), "cascade-exit": (-1, 0)}
 HEADER = ("row", "what", "epochs", "px", "passes an image", "seeds", "top-1 %", "joint", "mean", "O", "D", "C",
           "hits %", "loc. %", *(f"− {name}" for name in BASELINES))
 
@@ -112,12 +112,10 @@ def draw(runs: dict[str, dict[int, dict[str, Any]]]) -> Figure:
     for cost, mean, deviation, name in sorted(places, key=lambda place: place[1]):
         if mean < lowest:
             continue
-        if name in ABOVE:
-            ax.text(cost, mean + deviation + 0.2, name, ha="center", va="bottom", fontsize=8)
-        elif name in BELOW:
-            ax.text(cost, mean - deviation - 0.2, name, ha="center", va="top", fontsize=8)
-        elif name in LEFT:
-            ax.text(cost / 1.04, mean, name, ha="right", va="center", fontsize=8)
+        if name in SIDES:
+            x, y = SIDES[name]
+            ax.text(cost * 1.04**x, mean + y * (deviation + 0.2), name, fontsize=8, ha="right" if x else "center",
+                    va=("center", "bottom", "top")[y])
         else:
             column = round(4 * math.log2(cost))
             heights[column] = max(mean - 0.2, heights.get(column, 0) + 0.45)
