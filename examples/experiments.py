@@ -97,6 +97,9 @@ ROWS = {
     "plain-288-18": Row("the backbone alone, 288 px, three times the epochs",
                         (*PLAIN, "--img-size", "288", "--epochs", "18")),
     "s3n-18": Row("S3N, three times the epochs", ("--epochs", "18")),
+    "focus-224-18": Row("focus-224, three times the epochs", (*focus(224), "--epochs", "18"), answer="mean"),
+    "focus-224-18-exit": Row("focus-224-18, but sure images leave after O", trained="focus-224-18", answer="mean",
+                             exit_entropy=EXIT_ENTROPY),
 }
 
 
