@@ -83,6 +83,7 @@ ROWS = {
     "s3n-288": Row("S3N, 288 px", ("--img-size", "288")),
     "plain-496": Row("the backbone alone, 496 px, the cost of three passes at 288", (*PLAIN, "--img-size", "496")),
     "plain-224": Row("the backbone alone, 224 px", (*PLAIN, "--img-size", "224")),
+    "plain-320": Row("the backbone alone, 320 px, the cost of focus-224", (*PLAIN, "--img-size", "320")),
     "cascade": Row("O+D, 320 px in, 160 scanned, 224 zoomed; the mean answers", CASCADE, answer="mean"),
     "cascade-exit": Row("cascade, but sure images leave after O", trained="cascade", answer="mean",
                         exit_entropy=CASCADE_EXIT_ENTROPY),
