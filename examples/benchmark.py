@@ -8,6 +8,7 @@ machine slows them alike. Read it top to bottom: how time and memory are measure
     growth  the forward as batch, image, classes and peaks grow
     data    the share of training's wall time in which the device computes
     soak    memory of inference over --minutes, only if asked for
+    rows    forward and training step of the rows of experiments.py, only if asked for
 """
 
 import argparse
@@ -31,12 +32,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from arguments import parse_args as parse_train_args
 from data import TrainLoader, load_splits
+from experiments import ROWS
 from files import replace_text
 from rich.console import Console
 from rich.table import Table
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from train import create_model
 
 import s3n_timm
 from s3n_timm.card import count_macs
@@ -348,6 +351,35 @@ def measure_soak(args: argparse.Namespace, device: torch.device) -> list[dict[st
     return rows
 
 
+# rows of experiments.py
+
+
+def measure_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Images per second of what each row trains, at its own image size, forward and in training."""
+    models, gmacs, batch = {}, {}, args.batch_sizes[-1]
+    for name, row in ROWS.items():
+        if row.trained:  # the same model as another row's
+            continue
+        # --resume: a folder of a run that is there is no fault here
+        given = ["--recipe", "cub50", "--no-pretrained", "--resume", *row.train]
+        train_args = parse_train_args([*given, "--channels-last" if args.channels_last else "--no-channels-last"])
+        x = draw_images(batch, train_args.img_size, args, device)
+        models[name] = create_model(train_args, 50, Accelerator()).to(device), x
+        gmacs[name] = count_macs(models[name][0], x.shape[1:]) / 1e9
+    target = torch.zeros(batch, dtype=torch.long, device=device)
+    for model, _ in models.values():
+        model.eval()
+    with torch.inference_mode():
+        forward = time_by_turns({name: lambda m=m, x=x: m(x) for name, (m, x) in models.items()}, device, args)
+    steps = {name: step(m.train(), (1,), x, target, s3n_timm.S3NLoss()) for name, (m, x) in models.items()}
+    training = time_by_turns(steps, device, args)
+    return [dict(
+        row=name, gmacs=gmacs[name],
+        images_per_second=batch / forward[name], training_images_per_second=batch / training[name],
+        times_plain=forward[name] / forward["plain"], training_times_plain=training[name] / training["plain"],
+    ) for name in models]
+
+
 # trained models
 
 
@@ -373,12 +405,14 @@ def measure_weights(folders: list[str], args: argparse.Namespace, device: torch.
 # main
 
 SECTIONS: dict[str, Callable[[argparse.Namespace, torch.device], list[dict[str, Any]]]] = dict(
-    stage=measure_stage, model=measure_model, growth=measure_growth, data=measure_data, soak=measure_soak)
+    stage=measure_stage, model=measure_model, growth=measure_growth, data=measure_data, soak=measure_soak,
+    rows=measure_rows)
+ASKED_FOR = ("soak", "rows")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = f"of {', '.join(SECTIONS)}; all but soak if left out"
+    every = f"of {', '.join(SECTIONS)}; all but {' and '.join(ASKED_FOR)} if left out"
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=every)
     parser.add_argument("--weights", nargs="+", metavar="FOLDER", help="time these trained models side by side instead")
     parser.add_argument("--backbone", default="resnet18", help="name of a timm model")
@@ -429,7 +463,8 @@ def main() -> None:
         args={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
     )
     print(f"{results['device']}, {results['threads']} threads, torch {torch.__version__}, backbone {args.backbone}")
-    chosen: Calls = {name: lambda f=SECTIONS[name]: f(args, device) for name in args.sections or [*SECTIONS][:-1]}
+    sections = args.sections or [name for name in SECTIONS if name not in ASKED_FOR]
+    chosen: Calls = {name: lambda f=SECTIONS[name]: f(args, device) for name in sections}
     if args.weights:
         chosen = dict(weights=lambda: measure_weights(args.weights, args, device))
     for name, call in chosen.items():

@@ -1,7 +1,9 @@
 """The table and the plot of experiments.py: `python examples/experiments_table.py`.
 
 Reads the JSON files of examples/results/cub50 and writes table.md and accuracy.png beside them. Differences are those
-from a row of the same seed and the same test images.
+from a row of the same seed and the same test images. Images per second and minutes of training are not those of the
+runs, which shared their machine with others: speed.json has them from one process in which all rows took turns, see
+benchmark.py.
 """
 
 import argparse
@@ -20,12 +22,13 @@ from matplotlib.ticker import NullLocator
 
 from s3n_timm.evaluation import bootstrap_difference
 
+IMAGES = 1500  # that every row trains on
 BASELINES = ("plain", "plain-18", "plain-288")  # equal epochs, equal training compute, equal cost of an image
 # points with a neighbour on the right, where all others have their names in the plot: the side of these names, (x, y)
 SIDES = {"plain-224": (0, 1), "plain-288": (0, 1), "plain-288-18": (0, 1), "focus-exit": (0, -1),
          "focus-224-exit": (0, -1), "cascade-exit": (-1, 0)}
-HEADER = ("row", "what", "epochs", "px", "passes an image", "seeds", "top-1 %", "joint", "mean", "O", "D", "C",
-          "hits %", "loc. %", *(f"− {name}" for name in BASELINES))
+HEADER = ("row", "what", "epochs", "px", "passes an image", "images/s", "training min", "seeds", "top-1 %", "joint",
+          "mean", "O", "D", "C", "hits %", "loc. %", *(f"− {name}" for name in BASELINES))
 
 
 def read_runs(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -42,18 +45,29 @@ def flag(run: dict[str, Any], name: str, default: str) -> str:
     return words[words.index(name) + 1] if name in words else default
 
 
-def count_passes(run: dict[str, Any]) -> float:
-    """Backbone passes that answering one image takes on average, in passes at 160 px."""
-    kwargs = json.loads(flag(run, "--model-kwargs", "{}"))
-    side = int(flag(run, "--img-size", "160"))
-    passes = (kwargs.get("scan_size", side) / 160) ** 2
-    branches = "O" if "--plain" in run["train"] else flag(run, "--branches", "O+D+C")
-    warped = (kwargs.get("zoom_size", side) / 160) ** 2 * sum(branch in branches for branch in "DC")
-    return passes + (1 - run.get("exited", 0)) * warped
+def read_speed(folder: Path) -> dict[str, dict[str, float]]:
+    """What `benchmark.py rows --output speed.json` measured, by row, also of those that read another row's weights."""
+    measured = {row["row"]: row for row in json.loads((folder / "speed.json").read_text(encoding="utf-8"))["rows"]}
+    return {name: measured[row.trained or name] for name, row in ROWS.items() if (row.trained or name) in measured}
+
+
+def count_passes(run: dict[str, Any], speed: dict[str, dict[str, float]]) -> float:
+    """Backbone passes that answering one image takes on average, in passes at 160 px, by multiply-accumulates."""
+    passes = speed[run["row"]]["gmacs"] / speed["plain"]["gmacs"]
+    side = json.loads(flag(run, "--model-kwargs", "{}")).get("scan_size", flag(run, "--img-size", "160"))
+    return passes - run.get("exited", 0) * (passes - (int(side) / 160) ** 2)
 
 
 def read_answers(run: dict[str, Any]) -> torch.Tensor:
     return torch.tensor([answer == "1" for answer in run.get("answered", run["correct"]["joint"])])
+
+
+def show_speed(run: dict[str, Any], speed: dict[str, dict[str, float]]) -> tuple[str, str]:
+    """Images that a second answers, and minutes that training takes."""
+    measured = speed[run["row"]]
+    minutes = int(flag(run, "--epochs", "6")) * IMAGES / measured["training_images_per_second"] / 60
+    # how fast an early exit is depends on the images
+    return f"{measured['images_per_second']:.0f}" if not run.get("exited") else "", f"{minutes:.0f}"
 
 
 def compare(runs: dict[int, dict[str, Any]], baselines: dict[int, dict[str, Any]]) -> str:
@@ -67,7 +81,10 @@ def compare(runs: dict[int, dict[str, Any]], baselines: dict[int, dict[str, Any]
     return f"{difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def format_rows(runs: dict[str, dict[int, dict[str, Any]]]) -> list[list[str]]:
+def format_rows(
+        runs: dict[str, dict[int, dict[str, Any]]],
+        speed: dict[str, dict[str, float]],
+) -> list[list[str]]:
     lines = []
     for name, of_row in runs.items():
         each = list(of_row.values())
@@ -77,14 +94,15 @@ def format_rows(runs: dict[str, dict[int, dict[str, Any]]]) -> list[list[str]]:
                    for output in ("joint", "mean", "original", "discriminative", "complementary")]
         hits = show(spread([(of_run.get("hits") or {}).get("rate") for of_run in measures]))
         located = [(of_run.get("localisation") or {}).get("joint", {}).get("accuracy") for of_run in measures]
-        passes = f"{statistics.fmean(count_passes(run) for run in each):.2f}"
+        passes = f"{statistics.fmean(count_passes(run, speed) for run in each):.2f}"
         epochs, side = flag(each[0], "--epochs", "6"), flag(each[0], "--img-size", "160")
-        lines.append([name, ROWS[name].about, epochs, side, passes, str(len(each)), top1, *outputs, hits,
-                      show(spread(located)), *(compare(of_row, runs.get(baseline, {})) for baseline in BASELINES)])
+        lines.append([name, ROWS[name].about, epochs, side, passes, *show_speed(each[0], speed), str(len(each)), top1,
+                      *outputs, hits, show(spread(located)),
+                      *(compare(of_row, runs.get(baseline, {})) for baseline in BASELINES)])
     return lines
 
 
-def draw(runs: dict[str, dict[int, dict[str, Any]]]) -> Figure:
+def draw(runs: dict[str, dict[int, dict[str, Any]]], speed: dict[str, dict[str, float]]) -> Figure:
     """Accuracy against what answering an image costs, in passes of the backbone at 160 px."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     ax = figure.subplots()
@@ -92,7 +110,7 @@ def draw(runs: dict[str, dict[int, dict[str, Any]]]) -> Figure:
     for name, of_row in runs.items():
         each = list(of_row.values())
         values = [100 * read_answers(run).double().mean().item() for run in each]
-        cost, mean = statistics.fmean(count_passes(run) for run in each), statistics.fmean(values)
+        cost, mean = statistics.fmean(count_passes(run, speed) for run in each), statistics.fmean(values)
         color = "tab:gray" if name.startswith("plain") else "tab:blue"
         long = int(flag(each[0], "--epochs", "6")) > 6
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -134,11 +152,17 @@ def main() -> None:
     runs = read_runs(args.results)
     if not runs:
         parser.error(f"--results {args.results} holds no run: examples/experiments.py makes them.")
+    if not (args.results / "speed.json").is_file():
+        parser.error(f"--results {args.results} has no speed.json: benchmark.py rows --output makes it.")
+    speed = read_speed(args.results)
+    unmeasured = [name for name in runs if name not in speed]
+    if unmeasured:
+        parser.error(f"speed.json lacks {', '.join(unmeasured)}: benchmark.py rows --output measures all rows.")
     aligned = ["---", "---", *["---:"] * (len(HEADER) - 2)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in [list(HEADER), aligned, *format_rows(runs)])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in [list(HEADER), aligned, *format_rows(runs, speed)])
     replace_text(args.results / "table.md", f"{text}\n")
     with replacing_file(args.results / "accuracy.png") as path:
-        draw(runs).savefig(path, dpi=120)
+        draw(runs, speed).savefig(path, dpi=120)
     print(text)
 
 
