@@ -17,11 +17,13 @@ def test_sections_measure_what_they_say(tmp_path):
     # of three passes one is held at a time in a forward, and all in a training step
     forward, training = (row["megabytes"] for row in results["model"])
     assert 0 < forward < training
-    assert results["data"][0]["steps"] == 1 and 0 < results["data"][0]["computes_percent"] <= 100
-    assert "soak" not in results and "times bare" in printed
+    assert results["data"][0]["steps"] == 1
+    assert 0 < results["data"][0]["computes_percent"] <= 100
+    assert "soak" not in results
+    assert "times bare" in printed
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize(("words", "message"), [
     (["rungs"], "unknown section 'rungs'"),
     (["stage", "--peaks", "101"], "can be 100 at most"),
     (["--seconds", "0"], "--seconds must be positive"),
