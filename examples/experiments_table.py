@@ -59,7 +59,7 @@ def count_passes(run: dict[str, Any], speed: dict[str, dict[str, float]]) -> flo
 
 
 def read_answers(run: dict[str, Any]) -> torch.Tensor:
-    return torch.tensor([answer == "1" for answer in run.get("answered", run["correct"]["joint"])])
+    return torch.tensor([answer == "1" for answer in run["answered"]])
 
 
 def show_speed(run: dict[str, Any], speed: dict[str, dict[str, float]]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scripts import EXAMPLES, command, run
 
-CLASSES, IMAGES = 4, 16
+CLASSES, TRAINING, TEST = 4, 16, 8
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +26,19 @@ def scripts():
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """CUB's layout: half of the images train."""
+    """CUB's layout, and as many training images as one batch of the recipe."""
     root = tmp_path_factory.mktemp("cub")
     (root / "images").mkdir()
     (root / "parts").mkdir()
     noise = np.random.default_rng(0)
     names = ("images", "image_class_labels", "train_test_split", "bounding_boxes", "parts/part_locs")
-    lines = [(f"{i} {i}.jpg", f"{i} {1 + i % CLASSES}", f"{i} {int(i < IMAGES // 2)}", f"{i} 5 5 30 20",
-              f"{i} 1 9 {i} 1") for i in range(IMAGES)]
+    lines = [(f"{i} {i}.jpg", f"{i} {1 + i % CLASSES}", f"{i} {int(i < TRAINING)}", f"{i} 5 5 30 20",
+              f"{i} 1 9 {i} 1") for i in range(TRAINING + TEST)]
     for name, of_file in zip(names, zip(*lines)):
         (root / f"{name}.txt").write_text("\n".join(of_file))
     (root / "parts" / "parts.txt").write_text("1 beak")
     (root / "classes.txt").write_text("\n".join(f"{1 + i} class {i}" for i in range(CLASSES)))
-    for i in range(IMAGES):
+    for i in range(TRAINING + TEST):
         Image.fromarray(noise.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(root / "images" / f"{i}.jpg")
     return root
 
@@ -53,9 +54,8 @@ def words(photographs, tmp_path_factory):
 
 def test_rows_that_share_weights_are_trained_once(words):
     printed = run([*words, "--rows", "s3n", "mean", "exit"])
-    results = words[words.index("--results") + 1]
-    found = {name: json.loads(open(f"{results}/{name}-0.json", encoding="utf-8").read())
-             for name in ("s3n", "mean", "exit")}
+    results = Path(words[words.index("--results") + 1])
+    found = {name: json.loads((results / f"{name}-0.json").read_text()) for name in ("s3n", "mean", "exit")}
     assert [line.split(":")[0] for line in printed.splitlines()] == [f"{name}, seed 0" for name in found]
     assert found["s3n"]["train_seconds"] == found["mean"]["train_seconds"] == found["exit"]["train_seconds"]
     assert found["s3n"]["answered"] == found["s3n"]["correct"]["joint"]
@@ -63,7 +63,7 @@ def test_rows_that_share_weights_are_trained_once(words):
     # four classes know less than 1.68 nats: every image leaves
     assert found["exit"]["answered"] == found["s3n"]["correct"]["original"]
     assert (found["mean"]["exited"], found["exit"]["exited"]) == (0, 1)
-    assert len(found["s3n"]["answered"]) == IMAGES // 2
+    assert len(found["s3n"]["answered"]) == TEST
     assert found["s3n"]["betas"].keys() == {"beta_discriminative", "beta_complementary"}
     assert run([*words, "--rows", "s3n", "mean", "exit"]) == "", "what is done is not run again"
 
@@ -115,17 +115,26 @@ def test_figures_by_hand(scripts):
     assert table.compare(ours, ours) == table.compare(ours, {5: theirs[0]}) == ""
 
 
-def test_table_needs_runs_and_speed(scripts, tmp_path):
+def test_table_needs_runs_and_speed(scripts, tmp_path, monkeypatch, capsys):
     _, table = scripts
-    told = command("experiments_table.py", "--results", tmp_path)
-    assert "holds no run" in run(told, ok=False)
+    monkeypatch.setattr("sys.argv", ["experiments_table.py", "--results", str(tmp_path)])
+
+    def refused():
+        with pytest.raises(SystemExit):
+            table.main()
+        return capsys.readouterr().err
+
+    assert "holds no run" in refused()
     (tmp_path / "plain-0.json").write_text(json.dumps(made_up("plain", 0, "1110")))
-    assert "has no speed.json" in run(told, ok=False)
+    assert "has no speed.json" in refused()
     (tmp_path / "speed.json").write_text('{"rows": []}')
-    assert "speed.json lacks plain" in run(told, ok=False)
+    assert "speed.json lacks plain" in refused()
+    assert not (tmp_path / "table.md").exists()
     speed = dict(row="plain", gmacs=0.2, images_per_second=200, training_images_per_second=50)
     (tmp_path / "speed.json").write_text(json.dumps(dict(rows=[speed])))
-    assert "| plain | the backbone alone, equal epochs | 6 | 160 | 1.00 | 200 | 3 | 1 | 75.0 |" in run(told)
+    table.main()
+    expected = "| plain | the backbone alone, equal epochs | 6 | 160 | 1.00 | 200 | 3 | 1 | 75.0 |"
+    assert expected in capsys.readouterr().out
     assert (tmp_path / "table.md").is_file()
     with Image.open(tmp_path / "accuracy.png") as picture:
         assert picture.size == (960, 720)
