@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from arguments import parse_args as parse_train_args
 from data import TrainLoader, load_splits
 from experiments import ROWS
 from files import replace_text
+from launching import exiting_on
 from rich.console import Console
 from rich.table import Table
 from timm.data import create_transform, resolve_data_config
@@ -43,6 +45,7 @@ from train import create_model
 
 import s3n_timm
 from s3n_timm.card import count_macs
+from s3n_timm.datasets import load
 from s3n_timm.predict import predict
 from s3n_timm.sampling import SelectiveSample, sample_response
 
@@ -383,8 +386,23 @@ def measure_rows(args: argparse.Namespace, device: torch.device) -> list[dict[st
 # trained models
 
 
+def read_batches(model: nn.Module, args: argparse.Namespace, device: torch.device) -> list[Tensor]:
+    """--batches of test images from all over the data set, preprocessed as the model was trained; or of noise."""
+    config, batch = resolve_data_config({}, model=model), args.batch_sizes[-1]
+    if not args.dataset:
+        return [draw_images(batch, config["input_size"][-1], args, device)]
+    test = load(args.dataset, args.data_dir, "test")
+    if len(test) < batch:
+        raise ValueError(f"--batch-sizes {batch} is more than the {len(test)} test images: lower it.")
+    count = min(args.batches, len(test) // batch) * batch
+    transform = create_transform(**config)
+    images = [transform(test[i * len(test) // count]["image"].convert("RGB")) for i in range(count)]
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    return [each.to(device).contiguous(memory_format=layout) for each in torch.stack(images).split(batch)]
+
+
 def measure_weights(folders: list[str], args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Images per second of trained models, and the multiply-accumulates of one image."""
+    """Images per second of trained models, with early exit as well, and the multiply-accumulates of one image."""
     calls: Calls = {}
     rows = []
     for folder in folders:
@@ -392,12 +410,18 @@ def measure_weights(folders: list[str], args: argparse.Namespace, device: torch.
         size = resolve_data_config({}, model=model)["input_size"]
         rows.append(dict(weights=folder, size=size[-1], gmacs=count_macs(model, size) / 1e9))
         model = model.to(memory_format=torch.channels_last) if args.channels_last else model
-        x = draw_images(args.batch_sizes[-1], size[-1], args, device)
-        calls[folder] = lambda m=model, x=x: m(x)
+        batches = read_batches(model, args, device)
+        images = sum(map(len, batches))
+        calls[folder] = lambda m=model, batches=batches: [m(x) for x in batches]
+        if args.exit_entropy is not None and isinstance(model, s3n_timm.S3N):
+            answers = partial(predict, model, batches, exit_entropy=args.exit_entropy)
+            exited = sum(int(answer.exited.sum()) for answer in answers()) / images
+            rows.append(dict(weights=f"{folder}, early exit", size=size[-1], exited=exited))
+            calls[f"{folder}, early exit"] = lambda answers=answers: deque(answers(), maxlen=0)
     with torch.inference_mode():
         seconds = time_by_turns(calls, device, args)
     for row in rows:
-        row["images_per_second"] = args.batch_sizes[-1] / seconds[row["weights"]]
+        row["images_per_second"] = images / seconds[row["weights"]]
         row["times_first"] = seconds[row["weights"]] / seconds[folders[0]]
     return rows
 
@@ -415,6 +439,10 @@ def parse_args() -> argparse.Namespace:
     every = f"of {', '.join(SECTIONS)}; all but {' and '.join(ASKED_FOR)} if left out"
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=every)
     parser.add_argument("--weights", nargs="+", metavar="FOLDER", help="time these trained models side by side instead")
+    parser.add_argument("--dataset", help="of train.py: for --weights, its test images in place of noise")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--batches", type=int, default=20, help="of --dataset")
+    parser.add_argument("--exit-entropy", type=float, metavar="NATS", help="for --weights: with early exit as well")
     parser.add_argument("--backbone", default="resnet18", help="name of a timm model")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 448], metavar="PX")
     parser.add_argument("-b", "--batch-sizes", type=int, nargs="+", default=[1, 8, 16])
@@ -433,7 +461,11 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"unknown section {unknown[0]!r}: choose of {', '.join(SECTIONS)}.")
     if not timm.is_model(args.backbone):
         parser.error(f"--backbone {args.backbone} is not a timm model.")
-    for name in ("sizes", "batch_sizes", "peaks", "min_rounds", "max_rounds", "seconds", "minutes"):
+    if (args.dataset or args.exit_entropy is not None) and not args.weights:
+        parser.error("--dataset and --exit-entropy need --weights.")
+    if args.exit_entropy is not None and not args.dataset:
+        parser.error("--exit-entropy needs --dataset: how many images leave early depends on them.")
+    for name in ("sizes", "batch_sizes", "batches", "peaks", "min_rounds", "max_rounds", "seconds", "minutes"):
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}.")
@@ -468,7 +500,8 @@ def main() -> None:
     if args.weights:
         chosen = dict(weights=lambda: measure_weights(args.weights, args, device))
     for name, call in chosen.items():
-        results[name] = call()
+        with exiting_on(ValueError, OSError):
+            results[name] = call()
         show(name, results[name])
         if args.output:  # after each section: a benchmark that is stopped keeps what it has
             replace_text(args.output, json.dumps(results, indent=1))

@@ -60,16 +60,16 @@ def zoom(source: Tensor, grid: Tensor) -> Tensor:
     ratio = max(have / want for have, want in zip(size, grid.shape[1:3]))
     halvings = max(0, math.ceil(math.log2(ratio)))
     copy = source.float()
-    grid = grid.float().expand(source.shape[0], -1, -1, -1)
+    grid = grid.float()
     # 0 reads the source itself, 1 the first half
     depth = grid_steps(grid, size).clamp_min(1).log2().clamp_max(halvings)[:, None]
-    pixels = (grid + 1) / 2 * (torch.tensor(size, device=grid.device).flip(0) - 1)
+    whole = torch.tensor(size, device=grid.device).flip(0)
     zoomed = torch.zeros((), device=source.device)
     for halving in range(halvings + 1):
         weight = (1 - (depth - halving).abs()).clamp_min(0)
         # a copy's pixels are means of the source's, so its borders, not its corners' centres, lie on the source's
         extent = torch.tensor(copy.shape[-2:], device=grid.device).flip(0) * 2**halving
-        place = (2 * pixels + 1) / extent - 1
+        place = (grid * ((whole - 1) / extent) + (whole / extent - 1)).expand(source.shape[0], -1, -1, -1)
         read = F.grid_sample(copy, place, padding_mode="border", align_corners=False)
         zoomed = zoomed + weight * read
         if halving < halvings:
