@@ -104,7 +104,8 @@ class S3N(nn.Module):
         preset: `"paper"` or `"original"`; fills every argument below that is left at None.
         branches: `"O"`, `"O+D"`, `"O+C"`, `"D+C"` or `"O+D+C"`: what is fused. The backbone always reads X, as
             that finds the peaks; under `"D+C"` its own classifier, which gives the maps, is the D branch's.
-        attention: `"sparse"`, or the dense `"response"` and `"saliency"` of table 3, which warp both images alike.
+        attention: `"sparse"`, or the dense `"response"` and `"saliency"` of table 3, which warp both images alike. The
+            saliency's layer learns through the warps, from features that it does not teach.
         partition_train: how peaks are divided in train mode, see `partition_peaks`.
         partition_eval: how peaks are divided in eval mode.
         partition_warmup_epochs: so many first epochs divide by `"all"` in train and `"probability"` in eval mode.
@@ -382,7 +383,8 @@ class S3N(nn.Module):
         """Warp B×3×H×W images by the response of their features and logits (eq. 2 to 8), in float32."""
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
             if self.attention == "saliency":
-                saliency = self.saliency(features.to(self.saliency.weight.dtype)).float()
+                # detached, like the response: with this gradient the backbone forgets to classify
+                saliency = self.saliency(features.detach().to(self.saliency.weight.dtype)).float()
                 response = saliency.flatten(1).softmax(1).view(saliency.shape)[:, 0]
             else:
                 response = self.merge_response(features, logits)

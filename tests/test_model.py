@@ -284,6 +284,15 @@ def test_no_gradient_flows_through_the_response():
     assert not response.requires_grad
 
 
+def test_saliency_learns_and_teaches_no_features():
+    model, x = build(attention="saliency").train(), images()
+    features = model.backbone.forward_features(x).detach().requires_grad_()
+    sample = model.sample(x, features, model.backbone.forward_head(features))
+    sample.discriminative.square().sum().backward()
+    assert model.saliency.weight.grad.abs().sum() > 0
+    assert features.grad is None
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("branches", BRANCH_SETS)
 def test_image_without_peaks_is_not_warped(branches, preset):
