@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from arguments import parse_args as parse_train_args
-from data import TrainLoader, load_splits
+from data import TrainLoader, create_eval_loader, load_splits
 from experiments import ROWS
 from files import replace_text
 from launching import exiting_on
@@ -386,23 +386,24 @@ def measure_rows(args: argparse.Namespace, device: torch.device) -> list[dict[st
 # trained models
 
 
-def read_batches(model: nn.Module, args: argparse.Namespace, device: torch.device) -> list[Tensor]:
+def read_batches(model: nn.Module, test: Any, args: argparse.Namespace, device: torch.device) -> list[Tensor]:
     """--batches of test images from all over the data set, preprocessed as the model was trained; or of noise."""
     config, batch = resolve_data_config({}, model=model), args.batch_sizes[-1]
-    if not args.dataset:
+    if test is None:
         return [draw_images(batch, config["input_size"][-1], args, device)]
-    test = load(args.dataset, args.data_dir, "test")
-    if len(test) < batch:
-        raise ValueError(f"--batch-sizes {batch} is more than the {len(test)} test images: lower it.")
     count = min(args.batches, len(test) // batch) * batch
-    transform = create_transform(**config)
-    images = [transform(test[i * len(test) // count]["image"].convert("RGB")) for i in range(count)]
+    spread = test.select([i * len(test) // count for i in range(count)])
+    loading = argparse.Namespace(batch_size=batch, workers=0)
+    loader = create_eval_loader(spread, create_transform(**config), loading, Accelerator())
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    return [each.to(device).contiguous(memory_format=layout) for each in torch.stack(images).split(batch)]
+    return [each["image"].contiguous(memory_format=layout) for each in loader]
 
 
 def measure_weights(folders: list[str], args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Images per second of trained models, with early exit as well, and the multiply-accumulates of one image."""
+    test = load(args.dataset, args.data_dir, "test") if args.dataset else None
+    if test is not None and len(test) < args.batch_sizes[-1]:
+        raise ValueError(f"--batch-sizes {args.batch_sizes[-1]} is more than the {len(test)} test images: lower it.")
     calls: Calls = {}
     rows = []
     for folder in folders:
@@ -410,7 +411,7 @@ def measure_weights(folders: list[str], args: argparse.Namespace, device: torch.
         size = resolve_data_config({}, model=model)["input_size"]
         rows.append(dict(weights=folder, size=size[-1], gmacs=count_macs(model, size) / 1e9))
         model = model.to(memory_format=torch.channels_last) if args.channels_last else model
-        batches = read_batches(model, args, device)
+        batches = read_batches(model, test, args, device)
         images = sum(map(len, batches))
         calls[folder] = lambda m=model, batches=batches: [m(x) for x in batches]
         if args.exit_entropy is not None and isinstance(model, s3n_timm.S3N):

@@ -138,7 +138,7 @@ def draw(runs: dict[str, dict[int, dict[str, Any]]], speed: dict[str, dict[str, 
             column = round(4 * math.log2(cost))
             heights[column] = max(mean - 0.2, heights.get(column, 0) + 0.45)
             ax.annotate(name, (cost, mean), (cost * 1.08, heights[column]), va="center", fontsize=8,
-                        arrowprops=dict(arrowstyle="-", color="lightgray", shrinkA=0, shrinkB=3))
+                        arrowprops=dict(arrowstyle="-", color="lightgray", shrinkA=0, shrinkB=3, relpos=(0, 0.5)))
     ax.set_title("plain backbone grey, S3N blue; circles 6 epochs, squares 18; bars: deviation of seeds", fontsize=9)
     ax.set_xlabel("backbone passes an image, at 160 px")
     ax.set_ylabel("top-1 % on the test split")
