@@ -78,7 +78,6 @@ ROWS = {
     "extreme": Row("s3n, one peak a branch at inference", (), ("--partition-eval", "extreme"), "s3n"),
     "mean": Row("s3n, the mean of all outputs answers", trained="s3n", answer="mean"),
     "exit": Row("mean, but sure images leave after O", trained="s3n", answer="mean", exit_entropy=EXIT_ENTROPY),
-    "s3n-256": Row("S3N, 256 px", ("--img-size", "256")),
     "zoom-256": Row("256 px in, 160 scanned and zoomed", ("--img-size", "256", *given(scan_size=160, zoom_size=160))),
     "s3n-288": Row("S3N, 288 px", ("--img-size", "288")),
     "plain-496": Row("the backbone alone, 496 px, the cost of three passes at 288", (*PLAIN, "--img-size", "496")),
