@@ -51,6 +51,7 @@ PLAIN = ("--plain", "--backbone-lr-scale", "1")
 EXIT_ENTROPY = 1.68
 CASCADE_EXIT_ENTROPY = 1.29
 FOCUS_EXIT_ENTROPY = 0.71
+LONG_EXIT_ENTROPY = 0.0
 CASCADE = ("--branches", "O+D", "--img-size", "320", *given(scan_size=160, zoom_size=224))
 
 
@@ -97,6 +98,9 @@ ROWS = {
     "plain-288-18": Row("the backbone alone, 288 px, three times the epochs",
                         (*PLAIN, "--img-size", "288", "--epochs", "18")),
     "s3n-18": Row("S3N, three times the epochs", ("--epochs", "18")),
+    "mean-18": Row("s3n-18, the mean of all outputs answers", trained="s3n-18", answer="mean"),
+    "exit-18": Row("mean-18, but sure images leave after O", trained="s3n-18", answer="mean",
+                   exit_entropy=LONG_EXIT_ENTROPY),
     "focus-224-18": Row("focus-224, three times the epochs", (*focus(224), "--epochs", "18"), answer="mean"),
     "focus-224-18-exit": Row("focus-224-18, but sure images leave after O", trained="focus-224-18", answer="mean",
                              exit_entropy=EXIT_ENTROPY),

@@ -26,7 +26,7 @@ IMAGES = 1500  # that every row trains on
 BASELINES = ("plain", "plain-18", "plain-288")  # equal epochs, equal training compute, equal cost of an image
 # points with a neighbour on the right, where all others have their names in the plot: the side of these names, (x, y)
 SIDES = {"plain-224": (0, 1), "plain-288": (0, 1), "plain-288-18": (0, 1), "focus-exit": (0, -1),
-         "focus-224-exit": (0, -1), "cascade-exit": (-1, 0), "focus-224-18-exit": (-1, 0)}
+         "focus-224-exit": (0, -1), "cascade-exit": (0, 1), "exit-18": (-1, 0), "focus-224-18-exit": (-1, 0)}
 HEADER = ("row", "what", "epochs", "px", "passes an image", "images/s", "training min", "seeds", "top-1 %", "joint",
           "mean", "O", "D", "C", "hits %", "loc. %", *(f"− {name}" for name in BASELINES))
 
