@@ -31,22 +31,22 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from arguments import parse_args as parse_train_args
-from data import TrainLoader, create_eval_loader, load_splits
-from experiments import ROWS
-from files import replace_text
-from launching import exiting_on
+from experiments.cub50 import ROWS
 from rich.console import Console
 from rich.table import Table
+from support.arguments import parse_args as parse_train_args
+from support.files import replace_text
+from support.launching import exiting_on
+from support.loaders import TrainLoader, create_eval_loader, load_splits
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from train import create_model
 
 import s3n_timm
-from s3n_timm.card import count_macs
-from s3n_timm.datasets import load
-from s3n_timm.predict import predict
+from s3n_timm.data import load
+from s3n_timm.early_exit import predict
+from s3n_timm.hub import count_macs
 from s3n_timm.sampling import SelectiveSample, sample_response
 
 GRID = 31

@@ -22,12 +22,12 @@ try:
     import gradio as gr
     import numpy as np
     import torch
-    from launching import exiting_on
     from PIL import Image
+    from support.launching import exiting_on
 
     from s3n_timm import S3N
-    from s3n_timm.birds import draw_bird
     from s3n_timm.classifier import Classifier
+    from s3n_timm.data import draw_bird
     from s3n_timm.draw import draw_explanation
     from s3n_timm.peaks import PARTITION_MODES
 except ImportError as error:

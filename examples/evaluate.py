@@ -19,23 +19,33 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from data import hold_out
-from files import replace_text, replacing_file
-from launching import exiting_on, start_all_processes, use_cpu_threads
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
+from support.files import replace_text, replacing_file
+from support.launching import exiting_on, start_all_processes, use_cpu_threads
+from support.loaders import hold_out
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import s3n_timm
-from s3n_timm.card import count_parameters
-from s3n_timm.datasets import load, part_names
+from s3n_timm.data import load, part_names
 from s3n_timm.draw import draw_confusions
-from s3n_timm.evaluation import CROP_MODES, choose_exit_entropy, confused_pairs
-from s3n_timm.measure import CALIBRATION, OUTPUTS, UNITS, as_plain, carry_annotations, measure_batch, summarise
+from s3n_timm.evaluation import (
+    CALIBRATION,
+    CROP_MODES,
+    OUTPUTS,
+    UNITS,
+    as_plain,
+    carry_annotations,
+    choose_exit_entropy,
+    confused_pairs,
+    measure_batch,
+    summarise,
+)
+from s3n_timm.hub import count_parameters
 from s3n_timm.model import ANSWERS
 from s3n_timm.peaks import PARTITION_MODES
 

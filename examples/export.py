@@ -17,9 +17,9 @@ from typing import Any
 
 import timm
 import torch
-from files import IMAGE_SUFFIXES
 from PIL import Image
 from safetensors import SafetensorError
+from support.files import IMAGE_SUFFIXES
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
@@ -29,13 +29,13 @@ from s3n_timm.peaks import PARTITION_MODES
 try:
     import onnxruntime
     import onnxscript  # noqa: F401  (torch.onnx needs it)
-    from files import replace_text, replacing_file
-    from launching import exiting_on
-    from quantization import export_int8
     from rich.console import Console
     from rich.table import Table
+    from support.files import replace_text, replacing_file
+    from support.launching import exiting_on
+    from support.quantization import export_int8
 
-    from s3n_timm.birds import drawn_birds
+    from s3n_timm.data import drawn_birds
 except ImportError as error:
     sys.exit(f'export.py: {error.name or error} is missing: pip install -e ".[export]"')
 

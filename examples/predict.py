@@ -23,8 +23,8 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from files import IMAGE_SUFFIXES, replace_text, replacing_file
-from launching import exiting_on, start_all_processes, use_cpu_threads
+from support.files import IMAGE_SUFFIXES, replace_text, replacing_file
+from support.launching import exiting_on, start_all_processes, use_cpu_threads
 from torch import Tensor
 from tqdm import tqdm
 

@@ -17,14 +17,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
-from arguments import parse_args, trajectory
-from checkpoints import Progress, find_checkpoint, replacing, save_checkpoint, write_summary
-from data import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
-from files import replace_text
-from launching import exiting_on, start_all_processes, use_cpu_threads
 from rich.console import Console
 from rich.table import Table
-from sync_bn import synchronize
+from support.arguments import parse_args, trajectory
+from support.checkpoints import Progress, find_checkpoint, replacing, save_checkpoint, write_summary
+from support.files import replace_text
+from support.launching import exiting_on, start_all_processes, use_cpu_threads
+from support.loaders import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
+from support.sync_bn import synchronize
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2

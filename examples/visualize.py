@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 
-from files import IMAGE_SUFFIXES, replacing_file
-from launching import exiting_on
 from matplotlib.figure import Figure
+from support.files import IMAGE_SUFFIXES, replacing_file
+from support.launching import exiting_on
 from torch import Tensor
 
 from s3n_timm.classifier import Classifier

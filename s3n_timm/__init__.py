@@ -4,8 +4,8 @@
 """
 
 from .attention import sampling_map
-from .backbone import NoResponseMap
 from .classifier import Classifier
+from .heads import NoResponseMap
 from .hub import push_to_hub, save
 from .loss import S3NLoss
 from .model import S3N, Explanation, S3NLogits

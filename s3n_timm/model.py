@@ -13,7 +13,7 @@ from timm.models import get_model_args, get_model_input_config, get_model_traits
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
-from .backbone import (
+from .heads import (
     Backbone,
     backbone_response_maps,
     classify,
@@ -23,11 +23,10 @@ from .backbone import (
     hidden_maps,
     inspect_head,
 )
-from .norm import announce, split_statistics
+from .multiscale import scan
 from .peaks import PARTITION_MODES
 from .response import class_response_maps, gate_response, gate_weights, grid_mean
 from .sampling import ATTENTIONS, BRANCHES, SelectiveSample, sample_response
-from .zoom import scan
 
 # these look at shapes and devices, which FX tracing cannot follow: it takes each as one node
 for _function in (gate_response, gate_weights, grid_mean, sample_response, scan):
@@ -126,7 +125,6 @@ class S3N(nn.Module):
         scan_size: pixels, one number or (H, W), of the reduced copy that the original branch reads; the input as it
             is by default. Not the paper's, nor are the next three.
         zoom_size: pixels of the warped images, which are sampled from the input at its full resolution, see `zoom`.
-        branch_norm: statistics of each branch's own in the backbone's batch norms, see `split_statistics`.
         answer: what a call gives in eval mode: `"joint"`, the fusion layer's logits; `"mean"`, the geometric mean of
             the probabilities of all outputs, the branches' and the fusion layer's, see `mean_answer`; or the logits of
             one of `branches`, `"original"`, `"discriminative"` or `"complementary"`.
@@ -182,7 +180,6 @@ class S3N(nn.Module):
             gate_scores: str | None = None,
             scan_size: int | Sequence[int] | None = None,
             zoom_size: int | Sequence[int] | None = None,
-            branch_norm: bool = False,
             answer: str = "joint",
             global_pool: str | None = None,
             img_size: int | Sequence[int] | None = None,
@@ -213,8 +210,6 @@ class S3N(nn.Module):
         _check_choice("gate_scores", chosen["gate_scores"], ("logits", "maps"))
         _check_choice("peak_floor", peak_floor, ("mean", "none"))
         _check_choice("kernel", kernel, KERNELS)
-        if not isinstance(branch_norm, bool):
-            raise ValueError(f"branch_norm must be True or False, got {reprlib.repr(branch_norm)}.")
         _check_number("beta_discriminative", beta_discriminative, MIN_SCALE, MAX_SCALE)
         _check_number("beta_complementary", beta_complementary, MIN_SCALE, MAX_SCALE)
         _check_number("floor", floor, MIN_SCALE, MAX_SCALE)
@@ -266,7 +261,6 @@ class S3N(nn.Module):
             backbone_args=backbone_args,
         )
         self.head = inspect_head(self.backbone)
-        self._branch_norms = split_statistics(self.backbone, self.warped) if branch_norm else ()
         self.num_features = self.head.width
         self.head_hidden_size = self.head.hidden_width * len(branches.split("+"))
         self.feature_info = [
@@ -310,7 +304,6 @@ class S3N(nn.Module):
             gate=gate,
             scan_size=None if self.scan_size is None else list(self.scan_size),
             zoom_size=None if self.zoom_size is None else list(self.zoom_size),
-            branch_norm=branch_norm,
             answer=answer,
             backbone_args=backbone_args,
         )
@@ -346,16 +339,15 @@ class S3N(nn.Module):
                 looked for, which would hold up the device: it makes the answers to its own image NaN, and no others.
         """
         try:
-            return self.read(x if self.scan_size is None else scan(x, self.scan_size), ("original",))
+            return self.read(x if self.scan_size is None else scan(x, self.scan_size))
         except Exception as error:
             refusal = explain_refusal(x, self.backbone, self.in_chans, error)
             if refusal is None:
                 raise
             raise refusal from error
 
-    def read(self, images: Tensor, branches: Sequence[str]) -> Tensor:
-        """Backbone features of the images of some branches, one branch after the other in the batch."""
-        announce(self._branch_norms, branches)
+    def read(self, images: Tensor) -> Tensor:
+        """Backbone features B×D×h×w of images that are as large as the backbone reads them."""
         return features_to_map(self.backbone.forward_features(images), self.head, images.shape[-2:])
 
     def merge_response(self, features: Tensor, logits: Tensor) -> Tensor:
@@ -461,7 +453,7 @@ class S3N(nn.Module):
             sample = self.sample(x, features["original"], logits["original"])
             images = torch.cat([getattr(sample, branch) for branch in self.warped])
             sample = sample if keep_sample else None
-            warped = self.read(images, self.warped)
+            warped = self.read(images)
             # chunk() would tie the number of branches to a batch size that is not known when exported
             parts = warped.unflatten(0, (len(self.warped), x.shape[0]))
             for i, branch in enumerate(self.warped):
@@ -588,7 +580,6 @@ class S3N(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Intermediate features of the backbone on X, as timm's models give them."""
         x = x if self.scan_size is None else scan(x, self.scan_size)
-        announce(self._branch_norms, ("original",))
         out = self.backbone.forward_intermediates(
             x,
             indices=indices,

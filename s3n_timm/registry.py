@@ -18,10 +18,9 @@ from safetensors import SafetensorError
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
 from torch import Tensor, nn
 
-from .backbone import Backbone
-from .download import verified_cfg
+from .heads import Backbone
+from .hub.download import verified_cfg
 from .model import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, S3N, check_count
-from .norm import STATISTICS
 
 _logger = logging.getLogger(__name__)
 
@@ -95,10 +94,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: S3N) -> dict[str,
         added = {name: value for name, value in own.items() if not name.startswith("backbone.")}
         _logger.info("Loading the backbone's weights alone; newly initialised: %s.", ", ".join(added))
         remapped = {f"backbone.{name}": value for name, value in _load_backbone(state_dict, model).items()} | added
-        for name in own.keys() - remapped.keys():  # every branch's statistics begin as the backbone's
-            kind = name.removesuffix("_discriminative").removesuffix("_complementary")
-            if kind in remapped and kind.endswith(STATISTICS):
-                remapped[name] = remapped[kind].clone()
     # classifiers may be left over in a model without classes: timm drops them next
     classifiers = tuple(f"{name}." for name in model.pretrained_cfg["classifier"]) if model.num_classes == 0 else ()
     unexpected = [name for name in remapped if name not in own and not name.startswith(classifiers)]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import sampling_map
+from .multiscale import zoom
 from .peaks import find_peaks, partition_peaks
 from .response import gate_response, normalize_response, resize_maps
-from .zoom import zoom
 
 BRANCHES = ("discriminative", "complementary")
 ATTENTIONS = ("sparse", "response", "saliency")

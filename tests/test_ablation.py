@@ -14,6 +14,8 @@ import time
 import pytest
 from scripts import ENVIRONMENT, EXAMPLES, SMALL, command, run
 
+SCRIPT = "experiments/paper_tables.py"
+
 FLAGS = [*SMALL, "--epochs", "1"]
 
 # in place of train.py and evaluate.py: writes what the table reads, and does as its environment says
@@ -50,7 +52,7 @@ else:
 @pytest.fixture(scope="module")
 def script():
     sys.path.insert(0, str(EXAMPLES))
-    import ablation
+    from experiments import paper_tables as ablation
 
     sys.path.remove(str(EXAMPLES))
     return ablation
@@ -108,7 +110,7 @@ def times(folder):
 def trained(tmp_path_factory, main):
     """Plain and full with one seed; then plain with two, which leaves what is there alone."""
     output = tmp_path_factory.mktemp("ablation")
-    text = run(command("ablation.py", "--output", output, "--rows", "plain", "sparse", "--seeds", 0, "--", *FLAGS))
+    text = run(command(SCRIPT, "--output", output, "--rows", "plain", "sparse", "--seeds", 0, "--", *FLAGS))
     before = times(output)
     with contextlib.redirect_stdout(io.StringIO()) as more:
         main("--output", output, "--rows", "plain", "--seeds", 0, 1, "--", *FLAGS)
@@ -196,7 +198,7 @@ def test_a_changed_flag_is_refused_by_name(trained, main):
 def test_a_killed_command_ends_as_an_uninterrupted_one_does(trained, main, tmp_path):
     whole, cut = (output / "plain" / "seed-0" for output in (trained[0], tmp_path))
     args = ("--output", tmp_path, "--rows", "plain", "--seeds", 0, "--", *FLAGS)
-    with subprocess.Popen(command("ablation.py", *args), env=ENVIRONMENT, start_new_session=True) as process:
+    with subprocess.Popen(command(SCRIPT, *args), env=ENVIRONMENT, start_new_session=True) as process:
         until = time.monotonic() + 100
         while not list(cut.glob("checkpoints/update-*/manifest.json")):
             assert process.poll() is None
@@ -344,7 +346,7 @@ def test_rows_of_other_settings_are_left_out_of_the_table(stand_in, tmp_path):
 def test_a_signal_reaches_the_run(tmp_path):
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     folder, launch = tmp_path / "out" / "plain" / "seed-0", f"{sys.executable} {tmp_path / 'stand_in.py'}"
-    words = command("ablation.py", "--output", tmp_path / "out", "--rows", "plain", "--launch", launch, "--", *FLAGS)
+    words = command(SCRIPT, "--output", tmp_path / "out", "--rows", "plain", "--launch", launch, "--", *FLAGS)
     with subprocess.Popen(words, env=ENVIRONMENT | dict(SLEEP="1"), stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 100
         while not (folder / "asleep").exists():

@@ -7,9 +7,9 @@ from torch import nn
 
 import s3n_timm
 from s3n_timm import S3N, resample, warp_grid
-from s3n_timm.measure import measure_batch
+from s3n_timm.evaluation import measure_batch
 from s3n_timm.model import mean_answer
-from s3n_timm.zoom import grid_steps, identity_grid, scan, zoom
+from s3n_timm.multiscale import grid_steps, identity_grid, scan, zoom
 
 CLASSES = 7
 
@@ -113,76 +113,6 @@ def test_an_image_without_peaks_is_not_warped():
         torch.testing.assert_close(model(x), model.forward_head(model.forward_features(x)), rtol=1e-4, atol=1e-4)
 
 
-# batch norm per branch
-
-
-def statistics(model, ending=""):
-    return {name.removesuffix(ending): value.clone() for name, value in model.backbone.named_buffers()
-            if name.endswith((f"running_mean{ending}", f"running_var{ending}"))}
-
-
-def test_branches_share_weights_but_not_statistics():
-    model, plain = build(branch_norm=True), build()
-    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
-    x = images()
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), plain.eval()(x))  # statistics begin alike
-        model.train()(x)
-    own = [statistics(model, ending) for ending in ("", "_discriminative", "_complementary")]
-    assert len(own[0]) == len(own[1]) > 4
-    assert all(not torch.equal(own[0][name], own[1][name]) for name in own[0])
-    assert all(not torch.equal(own[0][name], own[2][name]) for name in own[0])
-
-
-def test_statistics_are_those_of_the_branchs_images():
-    model = build(branch_norm=True, partition_train="expected").train()
-    sample = []
-    read = model.read
-    model.read = lambda batch, branches: sample.append((batch.detach(), branches)) or read(batch, branches)
-    model(images())
-    (original, _), (warped, branches) = sample
-    assert branches == ("discriminative", "complementary")
-    for ending, part in (("", original), *zip(("_discriminative", "_complementary"), warped.chunk(2))):
-        alone = build(branches="O").train()
-        alone(part)
-        for name, value in statistics(alone).items():
-            torch.testing.assert_close(statistics(model, ending)[name], value, rtol=1e-3, atol=1e-4, msg=name + ending)
-
-
-def test_statistics_are_read_by_their_branch():
-    model = build(branch_norm=True).eval()
-    x = images()
-    with torch.no_grad():
-        before = model.explain(x).logits
-        for name, value in model.backbone.named_buffers():
-            if name.endswith("running_mean_complementary"):
-                value.add_(0.5)
-        after = model.explain(x).logits
-    assert torch.equal(before.original, after.original)
-    assert torch.equal(before.discriminative, after.discriminative)
-    assert not torch.allclose(before.complementary, after.complementary)
-
-
-def test_statistics_begin_as_those_of_pretrained_weights(tmp_path):
-    backbone = timm.create_model("test_resnet", num_classes=CLASSES)
-    for name, value in backbone.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            value.uniform_(0.5, 1.5)
-    s3n_timm.save(backbone, tmp_path)
-    model = timm.create_model("s3n", backbone="test_resnet", num_classes=CLASSES, pretrained=True, branch_norm=True,
-                              pretrained_cfg_overlay=dict(file=str(tmp_path / "model.safetensors"),
-                                                          num_classes=CLASSES))
-    for ending in ("", "_discriminative", "_complementary"):
-        for name, value in statistics(model, ending).items():
-            assert torch.equal(value, backbone.state_dict()[name]), name + ending
-
-
-@pytest.mark.parametrize("backbone", ["convnext_atto", "test_convnext"])
-def test_a_backbone_without_batch_norm_is_refused(backbone):
-    with pytest.raises(ValueError, match="branch_norm needs a backbone with batch norm"):
-        S3N(backbone, CLASSES, branch_norm=True)
-
-
 # which output answers
 
 
@@ -218,17 +148,13 @@ def test_a_branch_answers(branch):
 
 # all of them
 
-EVERY = dict(scan_size=64, zoom_size=96, branch_norm=True, answer="mean")
+EVERY = dict(scan_size=64, zoom_size=96, answer="mean")
 
 
-@pytest.mark.parametrize("options", [dict(scan_size=48, zoom_size=64), dict(branch_norm=True), dict(answer="mean"),
+@pytest.mark.parametrize("options", [dict(scan_size=48, zoom_size=64), dict(answer="mean"),
                                      dict(answer="discriminative"), EVERY], ids=str)
 def test_options_travel_compile_and_export(options, tmp_path):
     model = build(**options).eval()
-    with torch.no_grad():
-        for name, value in model.backbone.named_buffers():
-            if name.endswith("running_mean_discriminative"):
-                value.add_(0.1)
     folder = s3n_timm.save(model, tmp_path / "weights")
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = images()
@@ -260,7 +186,6 @@ def test_all_options_train():
         (dict(zoom_size=(96, 96, 96)), "zoom_size must be pixels"),
         (dict(zoom_size="large"), "zoom_size must be pixels"),
         (dict(scan_size=10**6), "scan_size must be pixels"),
-        (dict(branch_norm="yes"), "branch_norm must be True or False"),
         (dict(answer="best"), "answer must be one of 'joint', 'mean'"),
         (dict(answer="complementary", branches="O+D"), "answer='complementary' needs that branch"),
         (dict(answer="original", branches="D+C"), "answer='original' needs that branch"),

@@ -3,8 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from s3n_timm import birds
-from s3n_timm.birds import DIAGNOSTIC_PARTS, MAX_CLASSES, PARTS, class_looks, draw_bird, drawn_birds
+from s3n_timm.data import DIAGNOSTIC_PARTS, MAX_CLASSES, PARTS, birds, class_looks, draw_bird, drawn_birds
 
 
 def draw(seed, label=0, num_classes=20, size=128):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from scripts import EXAMPLES, largest_difference, train
 
-from s3n_timm.birds import drawn_birds
+from s3n_timm.data import drawn_birds
 
 sys.path.insert(0, str(EXAMPLES))
-from data import TrainingImages, TrainingSampler, TrainLoader, drawing_from
+from support.loaders import TrainingImages, TrainingSampler, TrainLoader, drawing_from
 
 
 def read(sampler, epoch, start=0):

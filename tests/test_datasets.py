@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from s3n_timm import birds
-from s3n_timm.datasets import (
+from s3n_timm.data import (
     aircraft,
+    birds,
     cars,
     check_counts,
     check_disjoint,
@@ -441,7 +441,7 @@ def test_cars_without_scipy(cars_dir, monkeypatch):
 def test_counts_warning(name, fixture, split, request, caplog):
     official = {"cub": (5994, 5794), "aircraft": (6667, 3333), "cars": (8144, 8041)}[name][split == "test"]
     dataset = load(name, request.getfixturevalue(fixture), split)
-    assert [(record.name, record.levelname) for record in caplog.records] == [("s3n_timm.datasets", "WARNING")]
+    assert [(record.name, record.levelname) for record in caplog.records] == [("s3n_timm.data", "WARNING")]
     message = f"{name}: the split {split!r} has {len(dataset)} images, the official one has {official}."
     assert caplog.messages == [message]
     check_counts(name, split, official)

@@ -20,8 +20,8 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from s3n_timm import S3N, save
-from s3n_timm.birds import draw_bird
 from s3n_timm.classifier import Classifier
+from s3n_timm.data import draw_bird
 from s3n_timm.peaks import PARTITION_MODES
 
 pytest.importorskip("gradio", reason='the page needs gradio: pip install -e ".[demo]"')

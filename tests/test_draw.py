@@ -17,7 +17,7 @@ from PIL import Image
 from scripts import command, run, train
 
 from s3n_timm import S3N, save
-from s3n_timm.birds import draw_bird
+from s3n_timm.data import draw_bird
 from s3n_timm.draw import COLORS, GREY, RIGHT, WRONG, draw_contact_sheet, draw_epochs, draw_explanation
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "visualize.py"

@@ -20,12 +20,11 @@ from timm.models import save_for_hf
 from torch import tensor
 
 from s3n_timm import S3N, S3NLogits, SelectiveSample, evaluation, save
-from s3n_timm.birds import PARTS, draw_bird, drawn_birds
-from s3n_timm.datasets import cub
+from s3n_timm.data import PARTS, cub, draw_bird, drawn_birds
 from s3n_timm.draw import draw_confusions
-from s3n_timm.measure import as_plain, carry_annotations, cross_calibrate, measure_batch, summarise
+from s3n_timm.early_exit import predict
+from s3n_timm.evaluation import as_plain, carry_annotations, cross_calibrate, measure_batch, summarise
 from s3n_timm.model import Explanation
-from s3n_timm.predict import predict
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "evaluate.py"
 CUB50 = Path(__file__).parents[2] / "shared" / "data" / "cub50"

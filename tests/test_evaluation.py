@@ -15,7 +15,7 @@ from torch import tensor
 
 import s3n_timm
 from s3n_timm import S3N, evaluation, find_peaks, partition_peaks, sampling_map, warp_grid
-from s3n_timm.birds import PARTS, drawn_birds
+from s3n_timm.data import PARTS, drawn_birds
 
 NAN = math.nan
 

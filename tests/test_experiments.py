@@ -20,7 +20,7 @@ CLASSES, TRAINING, TEST = 4, 16, 8
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("experiments"), importlib.import_module("experiments_table")
+    yield importlib.import_module("experiments.cub50"), importlib.import_module("experiments.tables")
     sys.path.remove(str(EXAMPLES))
 
 
@@ -48,8 +48,9 @@ def words(photographs, tmp_path_factory):
     root = tmp_path_factory.mktemp("experiments")
     torch.manual_seed(0)
     save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), root / "backbone.safetensors")
-    return command("experiments.py", "--data-dir", photographs, "--pretrained-path", root / "backbone.safetensors",
-                   "--output", root / "runs", "--results", root / "results", "--seeds", 0)
+    return command("experiments/cub50.py", "--data-dir", photographs,
+                   "--pretrained-path", root / "backbone.safetensors", "--output", root / "runs",
+                   "--results", root / "results", "--seeds", 0)
 
 
 def test_rows_that_share_weights_are_trained_once(words):
@@ -117,7 +118,7 @@ def test_figures_by_hand(scripts):
 
 def test_table_needs_runs_and_speed(scripts, tmp_path, monkeypatch, capsys):
     _, table = scripts
-    monkeypatch.setattr("sys.argv", ["experiments_table.py", "--results", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["experiments/tables.py", "--results", str(tmp_path)])
 
     def refused():
         with pytest.raises(SystemExit):

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import s3n_timm
 from s3n_timm import S3N, S3NLoss
-from s3n_timm.birds import drawn_birds
+from s3n_timm.data import drawn_birds
 from s3n_timm.sampling import sample_response
 
 onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
@@ -361,7 +361,7 @@ def test_int8_keeps_sampling_in_float32(finished):
 
 
 def test_int8_accuracy_is_that_of_the_labelled_images(finished, saved):
-    from s3n_timm.datasets import load
+    from s3n_timm.data import load
 
     output = finished[1]
     result = json.loads((output / "export.json").read_text())["int8"]

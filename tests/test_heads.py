@@ -11,7 +11,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from s3n_timm.backbone import (
+from s3n_timm.heads import (
     NoResponseMap,
     backbone_response_maps,
     features_from_map,

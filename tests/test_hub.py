@@ -24,8 +24,8 @@ from torch import nn
 
 import s3n_timm
 from s3n_timm import hub as hub_module
-from s3n_timm.card import count_macs, model_card
-from s3n_timm.download import verified_cfg
+from s3n_timm.hub import count_macs, model_card
+from s3n_timm.hub.download import verified_cfg
 
 LABELS = ["a wren", "a | bar", "schön"]
 DATA = dict(input_size=(3, 64, 64), crop_pct=0.9)

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from s3n_timm import S3N, NoResponseMap, S3NLogits, S3NLoss, gate_response, selective_sample
-from s3n_timm.backbone import backbone_response_maps
+from s3n_timm.heads import backbone_response_maps
 from s3n_timm.model import ATTENTIONS, BRANCH_SETS, NECKS, PRESETS
 from s3n_timm.response import resize_maps
 

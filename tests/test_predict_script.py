@@ -15,7 +15,7 @@ from PIL import Image
 from scripts import ENVIRONMENT, command, run
 
 from s3n_timm import S3N, Classifier, save
-from s3n_timm.birds import drawn_birds
+from s3n_timm.data import drawn_birds
 from s3n_timm.evaluation import magnified_boxes
 from s3n_timm.sampling import warp_grid
 

@@ -41,7 +41,6 @@ ARGUMENTS = dict(
     backbone_args=dict(output_stride=16),
     scan_size=[64, 96],
     zoom_size=[96, 64],
-    branch_norm=True,
     answer="mean",
 )
 

@@ -17,7 +17,7 @@ import s3n_timm
 
 sys.path.insert(0, str(EXAMPLES))
 from accelerate import Accelerator
-from arguments import RECIPES, parse_args
+from support.arguments import RECIPES, parse_args
 from train import create_model
 
 

@@ -20,9 +20,9 @@ from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from ..model import S3N
 from .card import Source, model_card
 from .download import CONFIG, WEIGHTS, download, one_sentence
-from .model import S3N
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
@@ -44,7 +44,7 @@ def save(
         label_names: a name for each class, in order.
         data_config: the preprocessing the model was trained with, as `timm.data.resolve_data_config` gives it.
         state_dict: the weights, where the model itself holds but a shard of them.
-        card: writes a model card, `README.md`, as well: the arguments of `s3n_timm.card.model_card` beyond those
+        card: writes a model card, `README.md`, as well: the arguments of `s3n_timm.hub.model_card` beyond those
             above, such as `dict(results="evaluation/results.json")`, or `{}`. Its `picture` is the path of a picture,
             or a `PIL.Image` to be drawn as the model, with all three branches, sees it (needs matplotlib).
 
@@ -110,7 +110,7 @@ def _draw(
         data_config: Mapping[str, Any] | None,
 ) -> bytes:
     """What the model sees in a picture, as PNG."""
-    from .draw import draw_explanation
+    from ..draw import draw_explanation
 
     if not isinstance(model, S3N):
         raise ValueError("picture can't be drawn for a plain model, which has no peaks: give a file, or none.")
@@ -153,12 +153,12 @@ def push_to_hub(
         label_names: as for `save`.
         data_config: as for `save`.
         state_dict: as for `save`.
-        results: as for `s3n_timm.card.model_card`.
-        recipe: as for `s3n_timm.card.model_card`.
-        dataset: as for `s3n_timm.card.model_card`.
-        licence: as for `s3n_timm.card.model_card`.
+        results: as for `s3n_timm.hub.model_card`.
+        recipe: as for `s3n_timm.hub.model_card`.
+        dataset: as for `s3n_timm.hub.model_card`.
+        licence: as for `s3n_timm.hub.model_card`.
         picture: as for `save`.
-        limits: as for `s3n_timm.card.model_card`.
+        limits: as for `s3n_timm.hub.model_card`.
         private: make the repository private; one that exists must be.
         token: of the Hub; that of `hf auth login` or of the variable HF_TOKEN if left out.
         revision: branch to commit to, made if need be; `main` if left out.

@@ -20,7 +20,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from s3n_timm.datasets import check_disjoint, load
+from s3n_timm.data import check_disjoint, load
 
 Transform = Callable[[Any], Tensor]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from files import replace_text
 from rich.console import Console
 from rich.table import Table
+from support.files import replace_text
 from torch import Tensor
 
 from s3n_timm.evaluation import bootstrap_difference

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from timm.data import DEFAULT_CROP_PCT
 from torch import Tensor
 
-from .peaks import partition_peaks
-from .response import normalize_response, resize_maps
+from ..peaks import partition_peaks
+from ..response import normalize_response, resize_maps
 
 CROP_MODES = ("center", "squash", "border")
 
@@ -872,7 +872,7 @@ def choose_exit_entropy(
         correct_joint: Tensor,
         max_loss: float = 0.003,
 ) -> tuple[float, float]:
-    """The largest threshold of `s3n_timm.predict.predict` that costs at most so much accuracy, on validation images.
+    """The largest threshold of `s3n_timm.early_exit.predict` that costs at most so much accuracy, on validation images.
 
     Args:
         entropy: N entropies of the original branch's probabilities, in nats.

@@ -18,14 +18,17 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from ablation import Run, RunError, execute, refuse_difference
-from files import replace_text
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of support/
+
+from experiments.paper_tables import Run, RunError, execute, refuse_difference
 from safetensors.torch import load_file
+from support.files import replace_text
 
 import s3n_timm
-from s3n_timm.measure import OUTPUTS
+from s3n_timm.evaluation import OUTPUTS
 
-RESULTS = Path(__file__).parent / "results" / "cub50"
+RESULTS = Path(__file__).parents[1] / "results" / "cub50"
 
 # rows
 
@@ -38,7 +41,7 @@ class Row(NamedTuple):
     evaluate: tuple[str, ...] = ()
     trained: str | None = None  # the row whose weights this one reads
     answer: str = "joint"  # of what evaluate.py measured, the output that counts
-    exit_entropy: float | None = None  # below it the original branch answers, see s3n_timm.predict
+    exit_entropy: float | None = None  # below it the original branch answers, see s3n_timm.early_exit
 
 
 def given(**kwargs: Any) -> tuple[str, str]:
@@ -95,7 +98,6 @@ ROWS = {
     "focus-224": Row("focus, 224 scanned and 224 zoomed; the mean answers", focus(224), answer="mean"),
     "focus-224-exit": Row("focus-224, but sure images leave after O", trained="focus-224", answer="mean",
                           exit_entropy=EXIT_ENTROPY),
-    "branch-norm": Row("batch norm per branch", given(branch_norm=True)),
     "plain-288-18": Row("the backbone alone, 288 px, three times the epochs",
                         (*PLAIN, "--img-size", "288", "--epochs", "18")),
     "s3n-18": Row("S3N, three times the epochs", ("--epochs", "18")),
@@ -113,7 +115,7 @@ ROWS = {
 
 def plan_run(name: str, seed: int, args: argparse.Namespace) -> Run:
     row = ROWS[name]
-    examples, trained = Path(__file__).parent, row.trained or name
+    examples, trained = Path(__file__).parents[1], row.trained or name
     folder = args.output / trained / f"seed-{seed}"
     shared = ["--workers", "0", "--cpu-threads", str(args.cpu_threads), "--no-verify"]
     data = ["--dataset", "cub", "--data-dir", str(args.data_dir)]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import evaluation
-from .model import S3N, mean_answer
-from .response import resize_maps
+from ..model import S3N, mean_answer
+from ..response import resize_maps
+from . import measures as evaluation
 
 OUTPUTS = ("joint", "mean", "original", "discriminative", "complementary")
 UNITS = (
@@ -162,7 +162,7 @@ def summarise(
         part_names: a name for each part.
         seed: of the bootstrap and of the halves that calibrate each other.
         samples: number of bootstrap samples.
-        exit_entropy: threshold of `s3n_timm.predict.predict`; what it does is told as `early_exit`.
+        exit_entropy: threshold of `s3n_timm.early_exit.predict`; what it does is told as `early_exit`.
 
     Returns:
         A nested dict of numbers, lists and None, for a figure that does not exist, in the units of `UNITS`:

@@ -12,7 +12,7 @@ import yaml
 import s3n_timm
 from s3n_timm.model import ANSWERS, ATTENTIONS, BRANCH_SETS, PRESETS
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 # what may differ between a run and the one that goes on from its checkpoint
 FREE_TO_CHANGE = frozenset((

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from files import replacing_file
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from rich.console import Console
 from rich.table import Table
+from support.files import replacing_file
 from torch import Tensor
 
-from s3n_timm.datasets import load
+from s3n_timm.data import load
 
 Run = Callable[[Tensor], Tensor]
 LINEAR = ("MatMul", "Gemm")

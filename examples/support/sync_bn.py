@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
-from s3n_timm.norm import BranchBatchNorm
-
 
 class SumOverProcesses(torch.autograd.Function):
     """All processes' sum; its gradient is the sum of theirs."""
@@ -54,8 +52,6 @@ class CpuSyncBatchNormAct(BatchNormAct2d):
 
 def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
     """Turn every batch norm, torch's or timm's, into one over all processes."""
-    if any(isinstance(module, BranchBatchNorm) for module in model.modules()):
-        raise ValueError("--sync-bn can't be used with branch_norm, whose statistics are each process's own.")
     if device.type != "cpu":
         return convert_sync_batchnorm(model)
     for module in model.modules():

@@ -24,11 +24,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ablation_table import print_table, read_figures, summarise_runs, write_table
-from arguments import FREE_TO_CHANGE
-from arguments import parse_args as parse_train_args
-from data import count_test_birds
-from files import replace_text
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of support/
+
+from experiments.runner import print_table, read_figures, summarise_runs, write_table
+from support.arguments import FREE_TO_CHANGE
+from support.arguments import parse_args as parse_train_args
+from support.files import replace_text
+from support.loaders import count_test_birds
 from tqdm import tqdm
 
 import s3n_timm
@@ -173,7 +175,7 @@ def plan_run(name: str, seed: int, args: argparse.Namespace) -> Run:
     kind = "best" if settled.val_fraction or settled.val_split else "last"
     settings = {key: value for key, value in vars(settled).items() if key not in FREE}
     settings |= dict(launch=args.launch, weights=kind, s3n_timm=s3n_timm.__version__)
-    launch, examples = args.launch or [sys.executable], Path(__file__).parent
+    launch, examples = args.launch or [sys.executable], Path(__file__).parents[1]
     train = [*launch, str(examples / "train.py"), *flags]
     evaluate = [*launch, str(examples / "evaluate.py"), str(folder / kind), *create_evaluate_flags(settled)]
     evaluate += ["--output", str(folder / "evaluation")]

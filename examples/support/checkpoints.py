@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from files import replace_text
+from support.files import replace_text
 from timm.utils import ModelEmaV3
 
 MANIFEST = "manifest.json"

@@ -10,15 +10,19 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablation_table import show, spread
-from experiments import RESULTS, ROWS
-from files import replace_text, replacing_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of support/
+
+from experiments.cub50 import RESULTS, ROWS
+from experiments.runner import show, spread
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from support.files import replace_text, replacing_file
 
 from s3n_timm.evaluation import bootstrap_difference
 

@@ -1,0 +1,53 @@
+"""Readers of fine-grained data sets, and the drawn birds that come with the package."""
+
+from .birds import (
+    DIAGNOSTIC_PARTS,
+    LOOKS,
+    MAX_CLASSES,
+    MIN_SIZE,
+    PARTS,
+    SPLITS,
+    Bird,
+    class_looks,
+    draw_bird,
+    drawn_birds,
+    recognition_features,
+)
+from .load import (
+    OFFICIAL_COUNTS,
+    aircraft,
+    cars,
+    check_counts,
+    check_disjoint,
+    cub,
+    hub,
+    image_folder,
+    load,
+    parquet,
+    part_names,
+)
+
+__all__ = [
+    "DIAGNOSTIC_PARTS",
+    "LOOKS",
+    "MAX_CLASSES",
+    "MIN_SIZE",
+    "PARTS",
+    "SPLITS",
+    "Bird",
+    "class_looks",
+    "draw_bird",
+    "drawn_birds",
+    "recognition_features",
+    "OFFICIAL_COUNTS",
+    "aircraft",
+    "cars",
+    "check_counts",
+    "check_disjoint",
+    "cub",
+    "hub",
+    "image_folder",
+    "load",
+    "parquet",
+    "part_names",
+]
