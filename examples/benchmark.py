@@ -155,7 +155,7 @@ def measure_stage(args: argparse.Namespace, device: torch.device) -> list[dict[s
         def ours(image=image, response=response, betas=betas) -> SelectiveSample:
             return sample_response(image, response, beta_discriminative=betas[0], beta_complementary=betas[1], **STAGE)
 
-        grids = [each.detach().requires_grad_() for each in (ours().grid_discriminative, ours().grid_complementary)]
+        grids = [each.detach().requires_grad_() for each in (ours().discriminative.grid, ours().complementary.grid)]
 
         def bare(image=image, grids=grids) -> list[Tensor]:
             return [F.grid_sample(image, grid, align_corners=True) for grid in grids]
@@ -168,7 +168,7 @@ def measure_stage(args: argparse.Namespace, device: torch.device) -> list[dict[s
 
         def images(call: Callable[[], Any]) -> list[Tensor]:
             made = call()
-            return [made.discriminative, made.complementary] if isinstance(made, SelectiveSample) else made
+            return [made.discriminative.image, made.complementary.image] if isinstance(made, SelectiveSample) else made
 
         difference = max((a - b).abs().max().item() for a, b in zip(images(ours), images(loops)))
         calls = dict(ours=ours, bare=bare, loops=loops, passes=passes)

@@ -141,7 +141,7 @@ def predict_batch(classifier: s3n_timm.Classifier, images: list[Any], device: to
         if sample is not None:
             sizes = torch.tensor([[image.height, image.width] for image in images], device=device)
             geometry = (sizes, config["input_size"][1:], config["crop_pct"], config["crop_mode"])
-            boxes = {branch: magnified_boxes(getattr(sample, f"grid_{branch}"), *geometry) for branch in model.warped}
+            boxes = {branch: magnified_boxes(getattr(sample, branch).grid, *geometry) for branch in model.warped}
             peaks = sample.peaks.sum((1, 2)).tolist() if model.attention == "sparse" else None
     else:
         answer = model(x)

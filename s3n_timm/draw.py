@@ -98,11 +98,11 @@ def draw_explanation(
                 ax = _add_tile(figure, *places[1], "saliency" if model.attention == "saliency" else "response R")
                 _overlay(ax, original, seen.sample.response[0])
         else:
-            weights = getattr(seen.sample, f"weights_{branch}")
+            weights = getattr(seen.sample, branch).weights
             title = "warp" if weights is None else "warp and peaks" if weights.any() else "no peaks, so no warp"
             ax = _add_tile(figure, *places[0], title)
             _show(ax, original)
-            _draw_warp(ax, getattr(seen.sample, f"grid_{branch}")[0], original, COLORS[branch])
+            _draw_warp(ax, getattr(seen.sample, branch).grid[0], original, COLORS[branch])
             if weights is not None:
                 _draw_peaks(ax, original, weights[0], {COLORS[branch]: weights[0]})
             _show(_add_tile(figure, *places[1], f"{branch} image"), seen.pixels[branch])
@@ -297,7 +297,10 @@ def _see(model: S3N, image: Tensor, mean: Sequence[float], std: Sequence[float])
         return (x[..., :3] if x.shape[-1] >= 3 else x[..., :1].expand(-1, -1, 3)).clamp(0, 1).numpy()
 
     return _Seen(
-        pixels={"original": pixels(image[None]), **{name: pixels(getattr(seen.sample, name)) for name in model.warped}},
+        pixels={
+            "original": pixels(image[None]),
+            **{name: pixels(getattr(seen.sample, name).image) for name in model.warped},
+        },
         sample=seen.sample,
         logits=seen.logits,
         maps=seen.maps,
@@ -437,7 +440,7 @@ def _draw_all_peaks(ax: "Axes", model: S3N, seen: _Seen) -> None:
     parts = {}
     for branch in BRANCHES:
         color = COLORS[branch] if branch in model.warped else GREY
-        parts[color] = getattr(seen.sample, f"weights_{branch}")[0]
+        parts[color] = getattr(seen.sample, branch).weights[0]
     _draw_peaks(ax, seen.pixels["original"], seen.sample.peaks[0] * seen.sample.response[0], parts)
 
 

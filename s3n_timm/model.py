@@ -143,7 +143,7 @@ class S3N(nn.Module):
         >>> model(torch.rand(2, 3, 96, 96)).shape
         torch.Size([2, 5])
         >>> seen = model.explain(torch.rand(2, 3, 96, 96))
-        >>> seen.sample.complementary.shape, seen.maps["original"].shape
+        >>> seen.sample.complementary.image.shape, seen.maps["original"].shape
         (torch.Size([2, 3, 96, 96]), torch.Size([2, 5, 3, 3]))
     """
 
@@ -451,7 +451,7 @@ class S3N(nn.Module):
         sample = None
         if self.warped:
             sample = self.sample(x, features["original"], logits["original"])
-            images = torch.cat([getattr(sample, branch) for branch in self.warped])
+            images = torch.cat([getattr(sample, branch).image for branch in self.warped])
             sample = sample if keep_sample else None
             warped = self.read(images)
             # chunk() would tie the number of branches to a batch size that is not known when exported

@@ -136,19 +136,22 @@ def as_grid(grid_size: int | Sequence[int]) -> tuple[int, int]:
     return pair
 
 
-class SelectiveSample(NamedTuple):
-    """What selective sparse sampling made of a batch; the fields of a branch that was left out are None."""
+class BranchSample(NamedTuple):
+    """How one branch samples a batch of images."""
 
-    discriminative: Tensor | None  # B×3×H'×W', of the image's own size unless another was asked for
-    complementary: Tensor | None  # B×3×H'×W'
-    grid_discriminative: Tensor | None  # B×H'×W'×2
-    grid_complementary: Tensor | None  # B×H'×W'×2
+    image: Tensor  # B×3×H'×W' warped image, of the input's own size unless another was asked for
+    grid: Tensor  # B×H'×W'×2, where the warped image was read
+    sampling_map: Tensor  # B×G×G attention Q
+    weights: Tensor | None  # B×G×G weight of each cell as a peak; None for dense attention
+
+
+class SelectiveSample(NamedTuple):
+    """What selective sparse sampling made of a batch."""
+
     response: Tensor  # B×G×G in [0, 1]
     peaks: Tensor  # B×G×G boolean
-    weights_discriminative: Tensor | None  # B×G×G
-    weights_complementary: Tensor | None  # B×G×G
-    map_discriminative: Tensor | None  # B×G×G sampling map Q_d
-    map_complementary: Tensor | None  # B×G×G sampling map Q_c
+    discriminative: BranchSample | None  # None for a branch that was left out
+    complementary: BranchSample | None
 
 
 def sample_response(
@@ -189,9 +192,7 @@ def sample_response(
     if not (0 < floor < math.inf and 0 < fwhm < math.inf):
         raise ValueError(f"floor and fwhm must be positive and finite, got {floor} and {fwhm}.")
     grid_size = as_grid(grid_size)
-    images: dict[str, Tensor] = {}
-    grids: dict[str, Tensor] = {}
-    maps: dict[str, Tensor] = {}
+    samples: dict[str, BranchSample] = {}
     with torch.autocast(image.device.type, enabled=False):
         response = response.float()
         saliency = resize_maps(response[:, None], grid_size)[:, 0] if attention == "saliency" else None
@@ -210,24 +211,13 @@ def sample_response(
                 beta = betas[branch]
                 if beta is None:
                     raise ValueError(f"beta_{branch} is missing: the {branch} branch needs it for sparse attention.")
-                maps[branch] = sampling_map(response, weights[branch], beta, branch, floor)
+                q = sampling_map(response, weights[branch], beta, branch, floor)
             else:
-                maps[branch] = floor + (response if saliency is None else saliency)
-            grids[branch] = warp_grid(maps[branch], size or image.shape[-2:], fwhm, kernel)
-            images[branch] = zoom(image, grids[branch]) if size else resample(image, grids[branch])
-    strong, weak = BRANCHES
-    return SelectiveSample(
-        discriminative=images.get(strong),
-        complementary=images.get(weak),
-        grid_discriminative=grids.get(strong),
-        grid_complementary=grids.get(weak),
-        response=response,
-        peaks=peaks,
-        weights_discriminative=weights.get(strong),
-        weights_complementary=weights.get(weak),
-        map_discriminative=maps.get(strong),
-        map_complementary=maps.get(weak),
-    )
+                q = floor + (response if saliency is None else saliency)
+            grid = warp_grid(q, size or image.shape[-2:], fwhm, kernel)
+            warped = zoom(image, grid) if size else resample(image, grid)
+            samples[branch] = BranchSample(warped, grid, q, weights.get(branch))
+    return SelectiveSample(response, peaks, *(samples.get(branch) for branch in BRANCHES))
 
 
 def selective_sample(
@@ -273,7 +263,7 @@ def selective_sample(
         >>> image, maps, scores = torch.rand(2, 3, 64, 64), torch.rand(2, 10, 7, 7), torch.rand(2, 10)
         >>> sample = selective_sample(
         ...     image, maps, scores, mode="expected", beta_discriminative=3.9, beta_complementary=13.2)
-        >>> sample.discriminative.shape, sample.grid_discriminative.shape, sample.response.shape
+        >>> sample.discriminative.image.shape, sample.discriminative.grid.shape, sample.response.shape
         (torch.Size([2, 3, 64, 64]), torch.Size([2, 64, 64, 2]), torch.Size([2, 31, 31]))
     """
     if image.ndim != 4 or maps.ndim != 4 or image.shape[0] != maps.shape[0]:

@@ -75,11 +75,12 @@ def test_zoom_has_gradients():
 def test_branches_read_what_was_asked_for():
     model = build(scan_size=64, zoom_size=(96, 80)).eval()
     seen = model.explain(images(side=128))
-    assert seen.sample.discriminative.shape == seen.sample.complementary.shape == (3, 3, 96, 80)
-    assert seen.sample.grid_complementary.shape == (3, 96, 80, 2)
+    assert seen.sample.discriminative.image.shape == seen.sample.complementary.image.shape == (3, 3, 96, 80)
+    assert seen.sample.complementary.grid.shape == (3, 96, 80, 2)
     assert seen.maps["original"].shape[-2:] == (2, 2)
     assert seen.maps["discriminative"].shape[-2:] == (3, 3)
-    torch.testing.assert_close(seen.sample.discriminative, zoom(images(side=128), seen.sample.grid_discriminative))
+    warped = seen.sample.discriminative
+    torch.testing.assert_close(warped.image, zoom(images(side=128), warped.grid))
     torch.testing.assert_close(
         seen.maps["original"],
         build(branches="O").eval().explain(scan(images(side=128), (64, 64))).maps["original"],

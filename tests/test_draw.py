@@ -68,7 +68,7 @@ def test_every_panel_shows_what_explain_gives(model, images):
     torch.testing.assert_close(shown(response, 1), large[0, 0])
     for i, branch in enumerate(BRANCHES):
         _, image, each_map = figure.axes[3 * i + 3:3 * i + 6]
-        torch.testing.assert_close(shown(image), pixels(getattr(seen.sample, branch)[0]))
+        torch.testing.assert_close(shown(image), pixels(getattr(seen.sample, branch).image[0]))
         torch.testing.assert_close(shown(each_map), shown(image))
     for axes, branch in zip((own_map, figure.axes[5], figure.axes[8]), ("original", *BRANCHES)):
         chances = getattr(seen.logits, branch)[0].softmax(0)
@@ -119,7 +119,7 @@ def test_peaks_are_drawn_where_they_are(images):
         assert shares[place].get(to_rgba(COLORS["discriminative"]), 0) == pytest.approx(value)
         assert shares[place].get(to_rgba(COLORS["complementary"]), 0) == pytest.approx(1 - value)
     for row, branch in enumerate(BRANCHES, 1):
-        weights = getattr(sample, f"weights_{branch}")[0]
+        weights = getattr(sample, branch).weights[0]
         radii, shares = discs(figure.axes[3 * row])
         weights = {places[row, column]: float(weights[row, column]) for row, column in weights.nonzero().tolist()}
         assert set(radii) == set(weights)
@@ -137,7 +137,7 @@ def test_peaks_of_no_branch_are_grey(images):
 
 def test_warp_is_drawn_where_it_reads(images):
     model = create_model(zoom_size=(48, 32))
-    grid = model.explain(images[:1]).sample.grid_discriminative[0]
+    grid = model.explain(images[:1]).sample.discriminative.grid[0]
     axes = draw_explanation(model, images[0], MEAN, STD).axes[3]
     assert (axes.get_xlim(), axes.get_ylim()) == ((-0.5, 95.5), (63.5, -0.5)), "the lines don't shrink the image"
     lines = [torch.tensor(line.get_xydata()) for line in axes.lines]
@@ -226,7 +226,7 @@ def test_contact_sheet_shows_every_image(model, images):
     figure = draw_contact_sheet(model, images, MEAN, STD, NAMES, labels, ("a.jpg", "b.jpg", "c.jpg"))
     for i, image in enumerate(images):
         sample = model.explain(image[None]).sample
-        for axes, expected in zip(figure.axes[3 * i:], (image, sample.discriminative[0], sample.complementary[0])):
+        for axes, expected in zip(figure.axes[3 * i:], (image, *(each.image[0] for each in sample[2:]))):
             torch.testing.assert_close(shown(axes), pixels(expected))
         assert set(discs(figure.axes[3 * i])[0]) == {
             (round(x * 95 / 30, 3), round(y * 63 / 30, 3)) for y, x in sample.peaks[0].nonzero().tolist()}
@@ -260,7 +260,7 @@ def test_strip_has_a_column_for_each_model(images):
             torch.testing.assert_close(shown(response, 1), heat)
             assert len(discs(response)[0]) == int(seen.sample.peaks.sum())
             for axes, branch in zip(warped, BRANCHES):
-                torch.testing.assert_close(shown(axes), pixels(getattr(seen.sample, branch)[0]))
+                torch.testing.assert_close(shown(axes), pixels(getattr(seen.sample, branch).image[0]))
             label = int(seen.logits.joint.argmax())
             assert any(line.startswith(NAMES[label]) for line in said(figure))
 

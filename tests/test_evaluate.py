@@ -25,6 +25,7 @@ from s3n_timm.draw import draw_confusions
 from s3n_timm.early_exit import predict
 from s3n_timm.evaluation import as_plain, carry_annotations, cross_calibrate, measure_batch, summarise
 from s3n_timm.model import Explanation
+from s3n_timm.sampling import BranchSample
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "evaluate.py"
 CUB50 = Path(__file__).parents[2] / "shared" / "data" / "cub50"
@@ -210,7 +211,7 @@ def loop(model, dataset):
         if row["boxed"]:
             box = (x0, y0, x1, y1)
             row["hits"] = sum(x0 <= x <= x1 and y0 <= y <= y1 for x, y, _ in places)
-            grids = {name: getattr(seen.sample, f"grid_{name}") for name in BRANCHES[1:]}
+            grids = {name: getattr(seen.sample, name).grid for name in BRANCHES[1:]}
             top = tensor([row["prediction_joint"]])
             for normalize in (False, True):
                 kind = "normalized_iou" if normalize else "iou"
@@ -235,7 +236,7 @@ def loop(model, dataset):
                 points[name] = (x, y)
         row["parts"] = points
         for name in BRANCHES[1:]:
-            scales = evaluation.magnification(getattr(seen.sample, f"grid_{name}"))[0]
+            scales = evaluation.magnification(getattr(seen.sample, name).grid)[0]
             found = {part: float(scales[min(int(y), SIZE - 1), min(int(x), SIZE - 1)])
                      for part, (x, y) in points.items()}
             # shown, but less than a pixel from the edge: there a clamped warp has no scale
@@ -385,15 +386,11 @@ def known():
     maps = torch.zeros(1, 3, 65, 65)
     maps[0, 2, 16:49, 16:49] = 1  # in the input, columns 32 to 48 and rows 20 to 36
     maps[0, 1, :9, :9] = 9
-    fields = dict.fromkeys(SelectiveSample._fields)
-    fields |= dict(
-        response=response.repeat(2, 1, 1), peaks=peaks.repeat(2, 1, 1),
-        grid_discriminative=zoom(0.25, -0.125).repeat(2, 1, 1, 1),
-        grid_complementary=(2 * zoom(0, 0)).repeat(2, 1, 1, 1),
-    )
+    grids = zoom(0.25, -0.125).repeat(2, 1, 1, 1), (2 * zoom(0, 0)).repeat(2, 1, 1, 1)
+    branches = [BranchSample(None, grid, None, None) for grid in grids]
     joint, wrong = tensor([[0.0, 1, 2]] * 2), tensor([[0.0, 2, 1]] * 2)
     model.given = Explanation(
-        SelectiveSample(**fields),
+        SelectiveSample(response.repeat(2, 1, 1), peaks.repeat(2, 1, 1), *branches),
         S3NLogits(joint, wrong, wrong, joint),
         dict(original=torch.zeros(2, 3, 4, 4), discriminative=maps.repeat(2, 1, 1, 1),
              complementary=torch.zeros(2, 3, 4, 4)),
@@ -513,7 +510,7 @@ def test_without_o_in_the_fusion_its_map_is_left_out():
     assert "prediction_original" not in records
     seen = model.explain(batch["image"])
     maps = {branch: seen.maps[branch] for branch in BRANCHES[1:]}
-    grids = {branch: getattr(seen.sample, f"grid_{branch}") for branch in BRANCHES[1:]}
+    grids = {branch: getattr(seen.sample, branch).grid for branch in BRANCHES[1:]}
     found = evaluation.largest_region_box(
         evaluation.localisation_map(maps, grids, seen.logits.joint.argmax(1), (SIZE, SIZE)))
     torch.testing.assert_close(records["iou_joint"], evaluation.box_iou(found, batch["box"]))

@@ -389,7 +389,7 @@ def test_localisation_of_what_a_model_saw():
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         seen = model.explain(images)
-    grids = {name: getattr(seen.sample, f"grid_{name}") for name in ("discriminative", "complementary")}
+    grids = {name: getattr(seen.sample, name).grid for name in ("discriminative", "complementary")}
     classes = seen.logits.joint.argmax(1)
     total = evaluation.localisation_map(seen.maps, grids, classes, (64, 64))
     assert total.shape == (2, 64, 64)

@@ -213,8 +213,8 @@ def test_every_map_warps(data, mode, gate):
     sample = s3n_timm.selective_sample(
         image, maps, scores, mode=mode, beta_discriminative=3.9, beta_complementary=13.2, gate=gate,
         grid_size=grid_size)
-    assert finite(*sample)
-    for warped in (sample.discriminative, sample.complementary):
+    assert finite(*sample[:2], *sample.discriminative, *sample.complementary)
+    for warped in (sample.discriminative.image, sample.complementary.image):
         assert warped.shape == image.shape
         assert ((warped >= -1e-5) & (warped <= 1 + 1e-5)).all(), "a bilinear reading lies between the pixels read"
 

@@ -123,7 +123,7 @@ def test_backbone_classifies_the_strong_branch_where_the_original_is_left_out():
     x = images()
     with torch.no_grad():
         outputs = model(x)
-        strong = model.explain(x).sample.discriminative
+        strong = model.explain(x).sample.discriminative.image
         torch.testing.assert_close(outputs.discriminative, model.backbone(strong))
     outputs = model.train()(x)
     outputs.discriminative.sum().backward()
@@ -288,7 +288,7 @@ def test_saliency_learns_and_teaches_no_features():
     model, x = build(attention="saliency").train(), images()
     features = model.backbone.forward_features(x).detach().requires_grad_()
     sample = model.sample(x, features, model.backbone.forward_head(features))
-    sample.discriminative.square().sum().backward()
+    sample.discriminative.image.square().sum().backward()
     assert model.saliency.weight.grad.abs().sum() > 0
     assert features.grad is None
 
@@ -371,14 +371,14 @@ def test_explain(branches, gate_scores):
     )
     torch.testing.assert_close(sample.response, expected.response, rtol=1e-4, atol=1e-4)
     for name in WARPED:
-        image, grid = getattr(sample, name), getattr(sample, f"grid_{name}")
         if name not in model.warped:
-            assert image is grid is getattr(sample, f"map_{name}") is None
+            assert getattr(sample, name) is None
             continue
+        image, grid, sampling_map, weights = getattr(sample, name)
         assert (image.shape, grid.shape) == (x.shape, (3, 64, 96, 2))
-        assert getattr(sample, f"map_{name}").shape == getattr(sample, f"weights_{name}").shape == (3, 10, 14)
-        torch.testing.assert_close(grid, getattr(expected, f"grid_{name}").detach(), rtol=0, atol=1e-4)
-        torch.testing.assert_close(image, getattr(expected, name).detach(), rtol=0, atol=1e-3)
+        assert sampling_map.shape == weights.shape == (3, 10, 14)
+        torch.testing.assert_close(grid, getattr(expected, name).grid.detach(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(image, getattr(expected, name).image.detach(), rtol=0, atol=1e-3)
         assert (image - x).abs().max() > 0.1, "nothing was warped"
 
 
@@ -389,23 +389,23 @@ def test_explain_of_necked_branches():
     for name in WARPED:
         assert maps[name].shape == (2, CLASSES, 2, 2)
         torch.testing.assert_close(maps[name].mean((2, 3)), getattr(logits, name), rtol=1e-4, atol=1e-5)
-    assert sample.discriminative.shape == (2, 3, 128, 128)
+    assert sample.discriminative.image.shape == (2, 3, 128, 128)
 
 
 def test_explain_records_no_gradient_and_changes_no_mode():
     model = build().train()
     sample, logits, maps = model.explain(images())
     assert model.training
-    tensors = [*sample, *logits, *maps.values()]
+    tensors = [*sample[:2], *sample.discriminative, *sample.complementary, *logits, *maps.values()]
     assert not any(tensor.requires_grad for tensor in tensors)
 
 
 @pytest.mark.parametrize("attention", ["response", "saliency"])
 def test_dense_attention_warps_both_alike(attention):
     sample = build(attention=attention).explain(images()).sample
-    assert torch.equal(sample.discriminative, sample.complementary)
+    assert torch.equal(sample.discriminative.image, sample.complementary.image)
     assert not sample.peaks.any()
-    assert sample.weights_discriminative is sample.weights_complementary is None
+    assert sample.discriminative.weights is sample.complementary.weights is None
 
 
 # what training code asks
@@ -518,7 +518,8 @@ def test_autocast_keeps_sampling_in_float32():
     model = build("resnet18")
     with torch.autocast("cpu", torch.bfloat16):
         sample = model.explain(images()).sample
-    assert {sample.grid_discriminative.dtype, sample.response.dtype, sample.map_complementary.dtype} == {torch.float32}
+    dtypes = {sample.discriminative.grid.dtype, sample.response.dtype, sample.complementary.sampling_map.dtype}
+    assert dtypes == {torch.float32}
 
 
 def test_half_precision_weights():
@@ -535,7 +536,7 @@ def test_inputs_that_are_not_square(size, grid_size):
     x = images(2, size)
     S3NLoss()(model(x), torch.tensor([0, 1])).backward()
     sample = model.eval().explain(x).sample
-    assert sample.discriminative.shape == (2, 3, *size)
+    assert sample.discriminative.image.shape == (2, 3, *size)
     assert sample.response.shape == (2, *((grid_size, grid_size) if isinstance(grid_size, int) else grid_size))
 
 

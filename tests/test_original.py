@@ -331,10 +331,10 @@ def test_kernel_of_a_model_is_what_warps(compiled):
             torch.testing.assert_close(compiled(x), model(x))
             return
         sample = model.explain(x).sample
-        expected = warp_by_hand(sample.map_discriminative, rotated())
-        torch.testing.assert_close(sample.grid_discriminative, expected, rtol=0, atol=1e-4)
-        fixed = warp_grid(sample.map_discriminative, x.shape[2:])
-        assert (sample.grid_discriminative - fixed).abs().max() > 0.01
+        expected = warp_by_hand(sample.discriminative.sampling_map, rotated())
+        torch.testing.assert_close(sample.discriminative.grid, expected, rtol=0, atol=1e-4)
+        fixed = warp_grid(sample.discriminative.sampling_map, x.shape[2:])
+        assert (sample.discriminative.grid - fixed).abs().max() > 0.01
 
 
 def warp_by_hand(q, kernel, size=(64, 64)):

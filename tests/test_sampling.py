@@ -54,10 +54,10 @@ def golden():
 def test_golden_grids_and_images(golden, mode, given_scores, maps):
     scores = golden["maps31"].mean((2, 3)) if given_scores else None
     out = selective_sample(golden["input"], golden[maps], scores, mode=mode, **BETAS)
-    assert_near(out.grid_discriminative, golden[f"{mode}.grid_d"], 1e-4)
-    assert_near(out.grid_complementary, golden[f"{mode}.grid_c"], 1e-4)
-    assert_near(out.discriminative, golden[f"{mode}.image_d"], 1e-3)
-    assert_near(out.complementary, golden[f"{mode}.image_c"], 1e-3)
+    assert_near(out.discriminative.grid, golden[f"{mode}.grid_d"], 1e-4)
+    assert_near(out.complementary.grid, golden[f"{mode}.grid_c"], 1e-4)
+    assert_near(out.discriminative.image, golden[f"{mode}.image_d"], 1e-3)
+    assert_near(out.complementary.image, golden[f"{mode}.image_c"], 1e-3)
 
 
 def test_golden_resize_and_entropy(golden):
@@ -156,10 +156,10 @@ def compare_with_oracle(mode, case, demand):
         assert [tuple(cell) for cell in out.peaks[i].nonzero().tolist()] == one.peaks
         assert_near(out.response[i], one.response, 1e-5)
         for branch, weights, grid, warped in (
-            ("d", one.weight_d, out.grid_discriminative[i], out.discriminative[i]),
-            ("c", one.weight_c, out.grid_complementary[i], out.complementary[i]),
+            ("d", one.weight_d, out.discriminative.grid[i], out.discriminative.image[i]),
+            ("c", one.weight_c, out.complementary.grid[i], out.complementary.image[i]),
         ):
-            held = getattr(out, "weights_discriminative" if branch == "d" else "weights_complementary")[i]
+            held = (out.discriminative if branch == "d" else out.complementary).weights[i]
             for cell in one.peaks:
                 assert held[cell].item() == pytest.approx(weights.get(cell, 0.0), abs=1e-5)
             assert_near(grid, one.grid[branch], 1e-5)
@@ -263,8 +263,8 @@ def test_an_image_without_peaks_is_left_alone(mode):
     assert out.peaks[0].any()
     assert not out.peaks[1].any()
     for grid, warped in (
-        (out.grid_discriminative, out.discriminative),
-        (out.grid_complementary, out.complementary),
+        (out.discriminative.grid, out.discriminative.image),
+        (out.complementary.grid, out.complementary.image),
     ):
         assert_near(grid[1:], identity(1, (16, 21)), 1e-6)
         assert_near(warped[1], images[1], 1e-5)
@@ -279,7 +279,7 @@ def test_a_constant_map_stays_without_peaks_when_it_is_resized(value, grid_size)
         torch.rand(1, 3, 8, 8), maps, torch.zeros(1, 7), mode="all", **BETAS, grid_size=grid_size
     )
     assert not out.peaks.any()
-    assert_near(out.grid_complementary, identity(1, (8, 8)), 1e-6)
+    assert_near(out.complementary.grid, identity(1, (8, 8)), 1e-6)
 
 
 def test_images_of_a_batch_do_not_see_each_other():
@@ -288,8 +288,8 @@ def test_images_of_a_batch_do_not_see_each_other():
     together = selective_sample(images, maps, scores, mode="expected", **SMALL)
     for i in range(3):
         alone = selective_sample(images[i : i + 1], maps[i : i + 1], scores[i : i + 1], mode="expected", **SMALL)
-        assert_near(together.grid_discriminative[i], alone.grid_discriminative[0], 1e-6)
-        assert_near(together.grid_complementary[i], alone.grid_complementary[0], 1e-6)
+        assert_near(together.discriminative.grid[i], alone.discriminative.grid[0], 1e-6)
+        assert_near(together.complementary.grid[i], alone.complementary.grid[0], 1e-6)
 
 
 @pytest.mark.parametrize("kept", ["discriminative", "complementary"])
@@ -299,11 +299,9 @@ def test_a_branch_left_out_is_none(kept):
     left_out = "complementary" if kept == "discriminative" else "discriminative"
     options = {**SMALL, f"beta_{left_out}": None}
     one = selective_sample(images, maps, None, mode="all", branches=(kept,), **options)
-    for name, value in one._asdict().items():
-        if left_out in name:
-            assert value is None or name.startswith("weights")
-        else:
-            assert torch.equal(value, getattr(both, name))
+    assert getattr(one, left_out) is None
+    for ours, theirs in zip((one.response, one.peaks, *getattr(one, kept)), (*both[:2], *getattr(both, kept))):
+        assert torch.equal(ours, theirs)
 
 
 def test_response_attention_takes_the_response_for_density():
@@ -312,11 +310,11 @@ def test_response_attention_takes_the_response_for_density():
     out = selective_sample(images, maps, sure, mode="all", attention="response", **SMALL)
     density = 0.09 + oracle.normalise(oracle.resize(maps[0, 2].double().numpy(), (9, 9)))
     grid = oracle.resize_grid(oracle.warp(density, oracle.gaussian((9, 9), 4)), (12, 10))
-    assert_near(out.map_discriminative[0], density, 1e-5)
-    assert_near(out.grid_discriminative[0], grid, 1e-4)
-    assert torch.equal(out.grid_discriminative, out.grid_complementary)
+    assert_near(out.discriminative.sampling_map[0], density, 1e-5)
+    assert_near(out.discriminative.grid[0], grid, 1e-4)
+    assert torch.equal(out.discriminative.grid, out.complementary.grid)
     assert not out.peaks.any()
-    assert out.weights_discriminative is None
+    assert out.discriminative.weights is None
 
 
 def test_saliency_attention_samples_by_the_response_as_it_is_and_teaches_it():
@@ -326,9 +324,9 @@ def test_saliency_attention_samples_by_the_response_as_it_is_and_teaches_it():
     out = sample_response(images, saliency, mode="all", attention="saliency", grid_size=9, fwhm=4, **betas)
     density = 0.09 + oracle.resize(saliency[0].detach().double().numpy(), (9, 9))
     grid = oracle.resize_grid(oracle.warp(density, oracle.gaussian((9, 9), 4)), (12, 10))
-    assert_near(out.grid_discriminative[0].detach(), grid, 1e-4)
-    assert torch.equal(out.grid_discriminative, out.grid_complementary)
-    out.grid_discriminative.square().sum().backward()
+    assert_near(out.discriminative.grid[0].detach(), grid, 1e-4)
+    assert torch.equal(out.discriminative.grid, out.complementary.grid)
+    out.discriminative.grid.square().sum().backward()
     assert saliency.grad.isfinite().all()
     assert saliency.grad.any()
 
@@ -357,7 +355,7 @@ def test_beta_gradients_match_finite_differences_of_the_oracle_at_the_grid(mode,
         grid_size=9,
         fwhm=4,
     )
-    for grid in (out.grid_discriminative, out.grid_complementary):
+    for grid in (out.discriminative.grid, out.complementary.grid):
         (grid[0] * cotangent.float()).sum().backward()
 
     def loss(branch, beta):
@@ -393,7 +391,7 @@ def test_beta_gradients_are_zero_without_peaks(mode):
         beta_complementary=beta_c,
         grid_size=9,
     )
-    (out.discriminative.square().sum() + out.complementary.square().sum()).backward()
+    (out.discriminative.image.square().sum() + out.complementary.image.square().sum()).backward()
     assert beta_d.grad.tolist() == [0]
     assert beta_c.grad.tolist() == [0]
 
@@ -411,10 +409,10 @@ def test_a_branch_that_drew_no_peak_gives_its_beta_zero():
         beta_complementary=beta_c,
         grid_size=9,
     )
-    (out.grid_discriminative.square().sum() + out.grid_complementary.square().sum()).backward()
+    (out.discriminative.grid.square().sum() + out.complementary.grid.square().sum()).backward()
     assert beta_d.grad.abs().item() > 1e-3
     assert beta_c.grad.tolist() == [0]
-    assert_near(out.grid_complementary.detach(), identity(1, (8, 8)), 1e-6)
+    assert_near(out.complementary.grid.detach(), identity(1, (8, 8)), 1e-6)
 
 
 @pytest.mark.parametrize("attention", ["sparse", "response"])
@@ -434,7 +432,7 @@ def test_gradients_reach_the_image_and_neither_maps_nor_scores(attention, image_
         beta_complementary=beta_c,
         grid_size=9,
     )
-    learns = out.discriminative.square().sum() + out.complementary.square().sum()
+    learns = out.discriminative.image.square().sum() + out.complementary.image.square().sum()
     assert not out.response.requires_grad
     if attention == "sparse" or image_learns:
         learns.backward()
@@ -485,7 +483,7 @@ def test_image_comes_back_in_its_own_dtype(dtype):
     out = selective_sample(images.to(dtype), maps, scores, mode="expected", **BETAS)
     full = selective_sample(images, maps.float(), scores.float(), mode="expected", **BETAS)
     assert out.discriminative.dtype == out.complementary.dtype == dtype
-    assert torch.equal(out.grid_discriminative, full.grid_discriminative)
+    assert torch.equal(out.discriminative.grid, full.discriminative.grid)
     assert_near(out.discriminative.float(), full.discriminative, 1e-2)
 
 
@@ -532,7 +530,7 @@ class Wrapper(nn.Module):
             beta_complementary=self.beta_c,
             grid_size=9,
         )
-        return out.discriminative, out.complementary
+        return out.discriminative.image, out.complementary.image
 
 
 @pytest.mark.parametrize("mode", ["expected", "extreme"])  # what the presets evaluate with

@@ -98,7 +98,7 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
     size, sample = image.shape[-2:], seen.sample
     grids = {}
     if sample is not None:  # a warped image may have another size than the input, to whose pixels scales refer
-        grids = {branch: _resize_grid(getattr(sample, f"grid_{branch}"), size) for branch in model.warped}
+        grids = {branch: _resize_grid(getattr(sample, branch).grid, size) for branch in model.warped}
     peaks = None if sample is None or model.attention != "sparse" else sample.peaks
     if peaks is not None:
         records["peaks"] = peaks.sum((1, 2))
