@@ -437,10 +437,9 @@ def _draw_all_peaks(ax: "Axes", model: S3N, seen: _Seen) -> None:
     """Peaks by their R, divided in the colours of the branches that they go to; grey: to none that the model has."""
     if seen.sample is None or model.attention != "sparse":
         return
-    parts = {}
-    for branch in BRANCHES:
-        color = COLORS[branch] if branch in model.warped else GREY
-        parts[color] = getattr(seen.sample, branch).weights[0]
+    parts = {COLORS[branch]: getattr(seen.sample, branch).weights[0] for branch in model.warped}
+    if len(parts) < len(BRANCHES):
+        parts[GREY] = (seen.sample.peaks[0] - sum(parts.values())).clamp_min(0)
     _draw_peaks(ax, seen.pixels["original"], seen.sample.peaks[0] * seen.sample.response[0], parts)
 
 
