@@ -439,7 +439,7 @@ def _draw_all_peaks(ax: "Axes", model: S3N, seen: _Seen) -> None:
         return
     parts = {COLORS[branch]: getattr(seen.sample, branch).weights[0] for branch in model.warped}
     if len(parts) < len(BRANCHES):
-        parts[GREY] = (seen.sample.peaks[0] - sum(parts.values())).clamp_min(0)
+        parts[GREY] = (seen.sample.peaks[0].float() - sum(parts.values())).clamp_min(0)
     _draw_peaks(ax, seen.pixels["original"], seen.sample.peaks[0] * seen.sample.response[0], parts)
 
 
