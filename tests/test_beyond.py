@@ -8,8 +8,8 @@ from torch import nn
 import s3n_timm
 from s3n_timm import S3N, resample, warp_grid
 from s3n_timm.evaluation import measure_batch
-from s3n_timm.model import mean_answer
 from s3n_timm.multiscale import grid_steps, identity_grid, scan, zoom
+from s3n_timm.outputs import mean_answer
 
 CLASSES = 7
 

@@ -14,7 +14,7 @@ import s3n_timm
 from s3n_timm import S3N, Classifier, S3NLogits, S3NLoss
 from s3n_timm.classifier import read_image
 from s3n_timm.data import drawn_birds
-from s3n_timm.early_exit import predict
+from s3n_timm.early_exit import answer_batch
 from s3n_timm.peaks import PARTITION_MODES
 from s3n_timm.sampling import BRANCHES
 
@@ -77,7 +77,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_batch_of_images_is_named(model, name):
     make, kind, message = WRONG[name]
-    for call in (model, model.explain, lambda x: list(predict(model, [x]))):
+    for call in (model, model.explain, lambda x: answer_batch(model, x)):
         with pytest.raises(kind, match=message):
             call(make())
 
@@ -146,19 +146,14 @@ def test_a_poisoned_image_spoils_no_other(model, value):
         logits = model(x)
     torch.testing.assert_close(logits[[0, 2]], expected[[0, 2]])
     with pytest.raises(ValueError, match="NaN or infinite"):
-        list(predict(model, [x]))
+        answer_batch(model, x)
 
 
-def test_predict_refuses(model):
-    assert [len(answer.probabilities) for answer in predict(model, [torch.rand(0, 3, 64, 64)])] == [0]
-    assert list(predict(model, [])) == []
+def test_early_exit_refuses(model):
+    assert len(answer_batch(model, torch.rand(0, 3, 64, 64)).probabilities) == 0
     for entropy in (-1.0, math.nan):
         with pytest.raises(ValueError, match="exit_entropy must be at least 0"):
-            list(predict(model, [torch.rand(1, 3, 64, 64)], exit_entropy=entropy))
-    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    (answer,) = predict(model, [x])
-    with pytest.raises(ValueError, match="of one size"):  # while some of the first batch wait for others
-        list(predict(model, [x, x[..., :32]], exit_entropy=answer.entropy.median().item() + 1e-6))
+            answer_batch(model, torch.rand(1, 3, 64, 64), entropy)
 
 
 # the equations

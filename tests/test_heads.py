@@ -296,7 +296,7 @@ def test_maps_change_no_state(case):
         changed = [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])]
         assert not changed, f"making maps changed {changed}"
         with torch.no_grad():
-            evaluated = backbone_response_maps(model.eval(), case.head, case.maps)
+            evaluated = case.head.response_maps(model.eval(), case.maps)
         torch.testing.assert_close(maps, evaluated, msg="maps differ between train and eval mode")
     finally:
         model.eval()

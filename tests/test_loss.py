@@ -89,25 +89,37 @@ def test_errors_name_the_argument(smoothing):
         S3NLoss(smoothing)
 
 
-def test_distillation_draws_every_branch_to_what_all_say():
-    outputs = logits()
-    together = torch.stack([output.softmax(1) for output in outputs]).prod(0) ** (1 / 4)
+def test_distillation_draws_the_original_branch_to_what_the_others_say():
+    outputs, temperature = logits(), 2.0
+    others = [output / temperature for output in (outputs.joint, outputs.discriminative, outputs.complementary)]
+    together = torch.stack([output.softmax(1) for output in others]).prod(0) ** (1 / 3)
     together = together / together.sum(1, keepdim=True)
     expected = S3NLoss()(outputs, TARGET)
-    for output in outputs[1:]:
-        for p, q in zip(together, output.softmax(1)):
-            expected = expected + 0.5 / 3 * sum(p[c] * (p[c] / q[c]).log() for c in range(4))
-    torch.testing.assert_close(S3NLoss(distillation=0.5)(outputs, TARGET), expected, rtol=1e-5, atol=0)
+    for p, q in zip(together, (outputs.original / temperature).softmax(1)):
+        expected = expected + 0.5 * temperature**2 / 3 * sum(p[c] * (p[c] / q[c]).log() for c in range(4))
+    loss = S3NLoss(distillation=0.5, temperature=temperature)
+    torch.testing.assert_close(loss(outputs, TARGET), expected, rtol=1e-5, atol=0)
     agreed = S3NLogits(*[outputs.joint] * 4)
     torch.testing.assert_close(S3NLoss(distillation=5)(agreed, TARGET), S3NLoss()(agreed, TARGET), rtol=1e-5, atol=0)
 
 
-def test_nobody_teaches_the_fusion_layer():
+def test_distillation_teaches_the_original_branch_alone():
     outputs = S3NLogits(*(output.requires_grad_() for output in logits()))
     gradients = torch.autograd.grad(S3NLoss(distillation=1)(outputs, TARGET), outputs)
     alone = torch.autograd.grad(S3NLoss()(outputs, TARGET), outputs)
-    torch.testing.assert_close(gradients[0], alone[0])
-    assert all((gradients[i] - alone[i]).abs().max() > 1e-3 for i in (1, 2, 3))
+    assert (gradients[1] - alone[1]).abs().max() > 1e-3
+    for i in (0, 2, 3):
+        torch.testing.assert_close(gradients[i], alone[i])
+
+
+def test_a_teacher_replaces_the_other_outputs():
+    outputs, teacher = logits(), logits().joint.flip(1)
+    expected = S3NLoss()(outputs.joint, TARGET) + F.kl_div(
+        outputs.joint.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    torch.testing.assert_close(S3NLoss(distillation=1)(outputs.joint, TARGET, teacher), expected)
+    extra = S3NLoss(distillation=1)(outputs, TARGET, teacher) - S3NLoss()(outputs, TARGET)
+    torch.testing.assert_close(extra, F.kl_div(
+        outputs.original.log_softmax(1), teacher.softmax(1), reduction="batchmean"))
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])

@@ -109,11 +109,9 @@ def test_absent_branches_are_none(branches):
         assert (output is not None) == (letter in branches), f"{name} is present though branches={branches!r}"
     assert model.head_hidden_size == model.fusion.in_features == model.head.hidden_width * len(branches.split("+"))
     assert model.num_features == model.backbone.num_features
-    added = {name for name, _ in model.named_children()} - {"backbone", "fusion"}
-    expected = {f"classifier_{name}" for letter, name in LETTERS.items() if letter in branches and letter != "O"}
-    assert added == (expected - {"classifier_discriminative"} if branches == "D+C" else expected)
-    betas = {name for name, _ in model.named_parameters() if name.startswith("beta_")}
-    assert betas == {f"beta_{name}" for letter, name in LETTERS.items() if letter in branches and letter != "O"}
+    expected = {name for letter, name in LETTERS.items() if letter in branches and letter not in "OJ"}
+    assert set(model.classifier) == (expected - {"discriminative"} if branches == "D+C" else expected)
+    assert set(model.beta) == expected
 
 
 def test_backbone_classifies_the_strong_branch_where_the_original_is_left_out():
@@ -172,7 +170,7 @@ def test_backbone_is_registered_once():
     assert len(names) == len(set(names)) == len(list(model.parameters()))
     assert len({id(parameter) for parameter in model.parameters()}) == len(names)
     own = {f"backbone.{name}" for name, _ in model.backbone.named_parameters()}
-    added = ("fusion.", "classifier_", "neck_", "beta_")
+    added = ("fusion.", "classifier.", "neck.", "beta.")
     assert own == {name for name in names if not name.startswith(added)}
 
 
@@ -183,12 +181,12 @@ def test_backbone_is_registered_once():
 def test_preset_fills_what_is_not_given(preset):
     model = build(preset=preset)
     for name, value in PRESETS[preset].items():
-        assert model.config[name] == value
-    assert model.partition_train == PRESETS[preset]["partition_train"]
-    assert model.partition_eval == PRESETS[preset]["partition_eval"]
-    assert model.partition_warmup_epochs == PRESETS[preset]["partition_warmup_epochs"]
-    assert model.gate_scores == PRESETS[preset]["gate_scores"]
-    assert hasattr(model, "neck_discriminative") == (PRESETS[preset]["neck"] == "conv")
+        assert model.config.to_dict()[name] == value
+    assert model.config.partition_train == PRESETS[preset]["partition_train"]
+    assert model.config.partition_eval == PRESETS[preset]["partition_eval"]
+    assert model.config.partition_warmup_epochs == PRESETS[preset]["partition_warmup_epochs"]
+    assert model.config.gate_scores == PRESETS[preset]["gate_scores"]
+    assert ("discriminative" in model.neck) == (PRESETS[preset]["neck"] == "conv")
 
 
 def test_presets_are_those_of_the_method():
@@ -224,25 +222,25 @@ def test_presets_are_those_of_the_method():
 )
 def test_explicit_argument_wins(preset, name, value):
     model = build(preset=preset, **{name: value})
-    assert model.config[name] == value
-    others = {key: model.config[key] for key in PRESETS[preset] if key != name}
+    assert model.config.to_dict()[name] == value
+    others = {key: model.config.to_dict()[key] for key in PRESETS[preset] if key != name}
     assert others == {key: PRESETS[preset][key] for key in others}
     if name == "neck":
-        assert hasattr(model, "neck_complementary") == (value == "conv")
+        assert ("complementary" in model.neck) == (value == "conv")
 
 
 @pytest.mark.parametrize(("grid_size", "cells"), [(31, 31.0), ((15, 31), math.sqrt(15 * 31))])
 def test_default_beta(grid_size, cells):
     model = build(grid_size=grid_size)
-    assert model.beta_discriminative.item() == pytest.approx(math.sqrt(2) * 0.09 * cells)
-    assert model.beta_complementary.item() == pytest.approx(math.sqrt(2) * 0.3 * cells)
+    assert model.beta["discriminative"].item() == pytest.approx(math.sqrt(2) * 0.09 * cells)
+    assert model.beta["complementary"].item() == pytest.approx(math.sqrt(2) * 0.3 * cells)
     model = build(grid_size=grid_size, beta_discriminative=2.5, beta_complementary=7)
-    assert (model.beta_discriminative.item(), model.beta_complementary.item()) == (2.5, 7.0)
+    assert (model.beta["discriminative"].item(), model.beta["complementary"].item()) == (2.5, 7.0)
 
 
 def test_neck_is_the_originals():
     model = build(preset="original")
-    conv, norm, act = model.neck_discriminative
+    conv, norm, act = model.neck["discriminative"]
     width = model.num_features
     assert (conv.weight.shape, conv.stride, conv.padding, conv.bias) == ((width, width, 3, 3), (2, 2), (1, 1), None)
     assert isinstance(norm, nn.BatchNorm2d)
@@ -447,7 +445,7 @@ def test_no_weight_decay():
     names = model.no_weight_decay()
     own = model.backbone.no_weight_decay()
     assert own, "this backbone has some"
-    assert names == {f"backbone.{name}" for name in own} | {"beta_discriminative", "beta_complementary"}
+    assert names == {f"backbone.{name}" for name in own} | {"beta.discriminative", "beta.complementary"}
     assert build(attention="response").no_weight_decay() == set()
 
 
@@ -647,10 +645,10 @@ def test_backbone_of_ones_own(num_classes):
     model = build(backbone, num_classes=num_classes)
     assert model.backbone is backbone
     assert backbone.num_classes == num_classes
-    assert model.config["backbone"] is None
+    assert model.config.backbone is None
     S3NLoss()(model.train()(images()), torch.tensor([0, 1])).backward()
     assert model.eval()(images()).shape == (2, num_classes)
-    assert model.no_weight_decay() == {"beta_discriminative", "beta_complementary"}
+    assert model.no_weight_decay() == {"beta.discriminative", "beta.complementary"}
 
 
 def test_timm_model_given_as_a_module():
@@ -659,7 +657,7 @@ def test_timm_model_given_as_a_module():
     weight = backbone.fc.weight.clone()
     model = build(backbone)
     assert torch.equal(model.backbone.fc.weight, weight), "a fitting classifier was replaced"
-    assert model.config["backbone"] == "resnet18"
+    assert model.config.backbone == "resnet18"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -674,7 +672,7 @@ def test_deepcopy(preset):
     with torch.no_grad():
         assert torch.equal(other.eval()(x), model.eval()(x))
         before = model(x)
-        other.beta_discriminative.mul_(0.5)
+        other.beta["discriminative"].mul_(0.5)
         other.fusion.weight.zero_()
         assert torch.equal(model(x), before), "the copy shares parameters"
 
@@ -686,7 +684,7 @@ def test_ema():
         for parameter in model.parameters():
             parameter.add_(1)
     ema.update(model)
-    torch.testing.assert_close(ema.module.beta_discriminative, model.beta_discriminative - 0.5)
+    torch.testing.assert_close(ema.module.beta["discriminative"], model.beta["discriminative"] - 0.5)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -742,5 +740,5 @@ def test_every_classifier_starts_alike():
     torch.manual_seed(0)
     model = S3N("mobilenetv2_035", 50)
     widest = [layer.weight.abs().max() * layer.in_features**0.5
-              for layer in (model.backbone.get_classifier(), model.classifier_complementary, model.fusion)]
+              for layer in (model.backbone.get_classifier(), model.classifier["complementary"], model.fusion)]
     torch.testing.assert_close(torch.stack(widest), torch.ones(3), rtol=0.02, atol=0)

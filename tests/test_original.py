@@ -16,8 +16,8 @@ from torch import nn
 
 import s3n_timm
 from s3n_timm import S3N, load_original_checkpoint, warp_grid
-from s3n_timm.model import gaussian_kernel
 from s3n_timm.original import is_fixed_gaussian
+from s3n_timm.sampling import gaussian_kernel
 
 CLASSES = 7
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -154,18 +154,18 @@ def test_every_tensor_is_where_it_belongs(whole, loaded):
         "backbone.layer3.5.conv3.weight": "features.6.5.conv3.weight",
         "backbone.layer4.2.bn3.weight": "features.7.2.bn3.weight",
         "backbone.fc.weight": "raw_classifier.weight",
-        "neck_discriminative.0.weight": "sampler_buffer.0.weight",
-        "neck_complementary.0.weight": "sampler_buffer1.0.weight",
-        "classifier_discriminative.weight": "sampler_classifier.weight",
-        "classifier_complementary.weight": "sampler_classifier1.weight",
+        "neck.discriminative.0.weight": "sampler_buffer.0.weight",
+        "neck.complementary.0.weight": "sampler_buffer1.0.weight",
+        "classifier.discriminative.weight": "sampler_classifier.weight",
+        "classifier.complementary.weight": "sampler_classifier1.weight",
         "fusion.weight": "con_classifier.weight",
     }
     for ours, original in pairs.items():
         assert torch.equal(own[ours], whole[original]), f"{original} is not in {ours}"
     # each once: three scalars and k became β and the schedule's flag, map_origin is a copy
     assert len(own) == len(whole) - 5 + 3
-    assert loaded.beta_discriminative.item() == pytest.approx(math.sqrt(2) * 0.09 * 31)
-    assert loaded.beta_complementary.item() == pytest.approx(math.sqrt(2) * 0.3 * 31)
+    assert loaded.beta["discriminative"].item() == pytest.approx(math.sqrt(2) * 0.09 * 31)
+    assert loaded.beta["complementary"].item() == pytest.approx(math.sqrt(2) * 0.3 * 31)
 
 
 def test_what_comes_is_the_original_preset(loaded):
@@ -184,7 +184,7 @@ def test_what_comes_is_the_original_preset(loaded):
 @pytest.mark.parametrize("depth", BLOCKS)
 def test_depth_is_found(tmp_path, depth):
     model = load_original_checkpoint(write(tmp_path / "w.pth", hollow(depth, classes=3)))
-    assert model.config["backbone"].startswith(f"resnet{depth}.")
+    assert model.config.backbone.startswith(f"resnet{depth}.")
     assert tuple(len(getattr(model.backbone, f"layer{n}")) for n in (1, 2, 3, 4)) == BLOCKS[depth]
     assert model.num_classes == 3
 
@@ -192,8 +192,8 @@ def test_depth_is_found(tmp_path, depth):
 def test_learned_scales(tmp_path):
     scales = {"radius.scale": torch.tensor([0.05]), "radius_inv.scale": torch.tensor([0.4])}
     model = load_original_checkpoint(write(tmp_path / "w.pth", hollow(**scales)))
-    assert model.beta_discriminative.item() == pytest.approx(math.sqrt(2) * 0.05 * 31)
-    assert model.beta_complementary.item() == pytest.approx(math.sqrt(2) * 0.4 * 31)
+    assert model.beta["discriminative"].item() == pytest.approx(math.sqrt(2) * 0.05 * 31)
+    assert model.beta["complementary"].item() == pytest.approx(math.sqrt(2) * 0.4 * 31)
 
 
 # forms of a file
@@ -217,7 +217,7 @@ def test_half_precision_becomes_float32(tmp_path):
     state = {key: x.half() if x.is_floating_point() else x for key, x in hollow().items()}
     model = load_original_checkpoint(write(tmp_path / "w.pth", state))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert model.config["kernel"] == "learned", "a rounded k is not the Gaussian any more"
+    assert model.config.kernel == "learned", "a rounded k is not the Gaussian any more"
 
 
 @pytest.mark.parametrize("num_classes", [0, 4])
@@ -227,10 +227,10 @@ def test_other_classes(tmp_path, caplog, num_classes):
         model = load_original_checkpoint(path, num_classes=num_classes)
     assert model.num_classes == num_classes
     (line,) = [record.getMessage() for record in caplog.records if record.name == "s3n_timm.original"]
-    assert f"has {CLASSES} classes, not {num_classes}; newly initialised: backbone.fc, classifier_disc" in line
+    assert f"has {CLASSES} classes, not {num_classes}; newly initialised: backbone.fc, classifier.disc" in line
     assert model.pretrained_cfg["num_classes"] == CLASSES, "the cfg tells of the weights, as timm's do"
     if num_classes:
-        heads = [model.backbone.fc, model.fusion, model.classifier_discriminative, model.classifier_complementary]
+        heads = [model.backbone.fc, model.fusion, model.classifier["discriminative"], model.classifier["complementary"]]
         assert {head.out_features for head in heads} == {num_classes}
         assert all(len(head.weight.unique()) > 100 for head in heads), "an old value is left"
 
@@ -306,7 +306,7 @@ def test_learned_kernel(tmp_path, caplog, kernel):
         path = write(tmp_path / "w.pth", hollow(**{"filter.weight": kernel[None, None]}))
         model = load_original_checkpoint(path).eval()
     assert "kept in its dense form" in caplog.text
-    assert model.config["kernel"] == "learned"
+    assert model.config.kernel == "learned"
     assert torch.equal(model.kernel, kernel)
     assert "kernel" in dict(model.named_buffers())
     assert "kernel" not in dict(model.named_parameters())

@@ -246,7 +246,7 @@ def test_long_lists_of_keys_are_cut(tmp_path):
 def saved(tmp_path_factory):
     model = build("resnet18", num_classes=5, preset="original")
     with torch.no_grad():
-        model.beta_discriminative.fill_(5.0)
+        model.beta["discriminative"].fill_(5.0)
     folder = tmp_path_factory.mktemp("models") / "s3n"
     assert s3n_timm.save(model, folder, label_names=list("abcde")) == folder
     return model, folder
@@ -273,7 +273,7 @@ def test_whole_model_with_other_classes(saved):
     again = reload(folder, num_classes=9)
     classifiers = ("backbone.fc.", "fusion.", "classifier_")
     assert_same(again.state_dict(), model.state_dict(), prefix="", skip=classifiers)
-    assert again.beta_discriminative.item() == 5
+    assert again.beta["discriminative"].item() == 5
     assert logits(again).shape == (2, 9)
 
 
@@ -326,7 +326,7 @@ def test_every_argument_comes_back(tmp_path):
     assert ARGUMENTS.keys() == preset.keys() - {"backbone"}, "give the new argument a value in ARGUMENTS"
     model = build("resnet18", **ARGUMENTS)
     for key, value in ARGUMENTS.items():
-        assert model.config[key] == value
+        assert model.config.to_dict()[key] == value
         # with another attention there would be no β to compare: test_other_architectures_come_back has that
         seen = key in ("preset", "attention") or preset[key] != value
         assert seen, f"{key} is what the preset makes it: this test would not see it lost"
@@ -401,8 +401,8 @@ def test_save_refuses_what_it_could_not_load(tmp_path):
 def test_generic_name():
     model = timm.create_model("s3n", backbone="test_convnext", num_classes=3)
     assert type(model.backbone).__name__ == "ConvNeXt"
-    assert model.config["backbone"] == "test_convnext"
-    assert timm.create_model("s3n", num_classes=3).config["backbone"] == "resnet50"
+    assert model.config.backbone == "test_convnext"
+    assert timm.create_model("s3n", num_classes=3).config.backbone == "resnet50"
     backbone = timm.create_model("test_resnet", num_classes=3)
     assert timm.create_model("s3n", backbone=backbone, num_classes=3).backbone is backbone
 
@@ -469,4 +469,4 @@ def test_names_with_weights():
 
 def test_default_beta_is_the_originals():
     model = timm.create_model("s3n_resnet18", num_classes=2)
-    assert model.beta_discriminative.item() == pytest.approx(math.sqrt(2) * 0.09 * 31)
+    assert model.beta["discriminative"].item() == pytest.approx(math.sqrt(2) * 0.09 * 31)
