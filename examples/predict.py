@@ -29,8 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import s3n_timm
-from s3n_timm.classifier import read_image
 from s3n_timm.evaluation import magnified_boxes
+from s3n_timm.images import read_image
 
 WRITERS = dict(parquet="to_parquet", csv="to_csv", jsonl="to_json")
 BRANCHES = ("discriminative", "complementary")
