@@ -68,7 +68,9 @@ def read_image(image: ImageLike, mode: str = "RGB") -> Image.Image:
             side more than 20 times as long as the other, or pixel values out of range.
     """
     if isinstance(image, Mapping) and {"path", "bytes"} <= image.keys():
-        image = image["path"] if image["bytes"] is None else image["bytes"]
+        if isinstance(image["bytes"], bytes):
+            return _decode(image["bytes"], mode, image["path"] or None)
+        image = image["path"]
     if isinstance(image, (str, Path, bytes)):
         return _decode(image, mode)
     if isinstance(image, Image.Image):
@@ -124,6 +126,11 @@ def image_mode(channels: int) -> str:
     return "L" if channels == 1 else "RGB"
 
 
+def expand_path(path: str | Path) -> Path:
+    """A path with ~ expanded, unless something is really called so."""
+    return Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))
+
+
 def printable(name: str | Path) -> str:
     """A name that can be printed and stored as UTF-8; bytes that are not UTF-8 are escaped as \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
@@ -135,7 +142,7 @@ def printable(name: str | Path) -> str:
 @cache
 def image_suffixes() -> frozenset[str]:
     """Lower-case suffixes of the files that `read_image` opens."""
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
 
 
 def is_hidden(name: str) -> bool:
@@ -149,7 +156,7 @@ def existing_folder(folder: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    path = _expand(folder)
+    path = expand_path(folder)
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{printable(path)} {what}: name a folder of images.")
@@ -208,10 +215,6 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], others: Counter[str]
 # one image
 
 
-def _expand(path: str | Path) -> Path:
-    return Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))
-
-
 def _describe(error: Exception) -> str:
     return str(error) or type(error).__name__
 
@@ -248,7 +251,7 @@ class _Opened:
     def _source(self) -> Path | io.BytesIO:
         if isinstance(self.file, bytes):
             return io.BytesIO(self.file)
-        path = _expand(self.file)
+        path = expand_path(self.file)
         try:
             mode = os.stat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
@@ -309,7 +312,8 @@ def _orientation(image: Image.Image) -> int:
 def _convert(image: Image.Image, mode: str, name: str = "the PIL image") -> Image.Image:
     _check_size(image, name)
     image.load()  # turns a TIFF file, whose EXIF then has no orientation
-    if turn := _TURNS.get(_orientation(image)):
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
         image = image.transpose(turn)
     transparent = image.info.get("transparency")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

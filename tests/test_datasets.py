@@ -270,7 +270,7 @@ def test_unreadable_image(reader, fixture, name, request):
     message = f"{path} cannot be read as an image (…); replace or remove it."
     fails(ValueError, message, reader, root, verify=True)
     path.write_text("not an image")
-    fails(ValueError, message, reader, root)
+    fails(ValueError, f"{path} is not an image; replace or remove it.", reader, root)
 
 
 @pytest.mark.parametrize(("reader", "fixture"), [
@@ -279,7 +279,8 @@ def test_unreadable_image(reader, fixture, name, request):
 ])
 def test_unknown_split(reader, fixture, request):
     root = request.getfixturevalue(fixture)
-    fails(ValueError, "split must be 'train' or 'test', got 'val'.", reader, root, "val")
+    known = "'train', 'validation'" if reader in (image_folder, parquet) else "'train'"
+    fails(ValueError, f"split must be {known} or 'test', got 'val'.", reader, root, "val")
 
 
 @pytest.mark.parametrize("name", ["test", "val", "validation"])
@@ -297,7 +298,7 @@ def test_image_folder_rows(folder_dir, name):
 def test_image_folder_without_splits(folder_dir):
     flat = folder_dir / "train"
     assert image_folder(flat)["label"][:] == [0, 1, 1]
-    message = f"{flat} has no folder test, val or validation; add one or read the split 'train'."
+    message = f"{flat} has no folder test, valid, val or validation; add one or read the split 'train'."
     fails(FileNotFoundError, message, image_folder, flat, "test")
 
 
@@ -519,7 +520,7 @@ def test_parquet_faulty_images(parquet_dir, reader):
         message = f"{place} has no image; add it or remove the row."
         fails(ValueError, message, lambda: rows(reader(parquet_dir, "test")))
     write_parquet(path, ["a", "b"], images=[good, {"bytes": b"not an image", "path": None}])
-    message = f"{place} cannot be read as an image (…); replace or remove it."
+    message = f"{place} is not an image; replace or remove it."
     fails(ValueError, message, lambda: rows(reader(parquet_dir, "test")))
     missing = parquet_dir / "none.png"
     write_parquet(path, ["a", "b"], images=[good, {"bytes": None, "path": str(missing)}])
