@@ -17,13 +17,12 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from safetensors import SafetensorError
-from support.files import IMAGE_SUFFIXES
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import s3n_timm
+from s3n_timm.images import expand_path, find_images, image_mode, read_image
 from s3n_timm.peaks import PARTITION_MODES
 
 try:
@@ -130,19 +129,19 @@ def load_images(args: argparse.Namespace, data_config: dict[str, Any], transform
         names = [f"drawn bird {i}" for i in range(len(images))]
     else:
         paths = []
-        for path in args.images:
+        for path in map(expand_path, args.images):
             found = [path]
             if path.is_dir():
-                found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+                found = list(find_images(path))
             if not found:
-                raise ValueError(f"--images {path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+                raise ValueError(f"--images {path} holds no image: no file in it has the suffix of one.")
             paths += found
         count = min(args.num_images, len(paths))
         paths = [paths[i * len(paths) // count] for i in range(count)]
-        images = [Image.open(path) for path in paths]
+        images = paths
         names = [str(path) for path in paths]
-    mode = "L" if data_config["input_size"][0] == 1 else "RGB"
-    return torch.stack([transform(image.convert(mode)) for image in images]), names
+    mode = image_mode(data_config["input_size"][0])
+    return torch.stack([transform(read_image(image, mode)) for image in images]), names
 
 
 # files

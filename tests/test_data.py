@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scripts import EXAMPLES, largest_difference, train
 
 from s3n_timm.data import drawn_birds
@@ -87,20 +88,15 @@ def stream_args(shards, *more):
 
 def test_processes_share_a_stream(shards):
     labels = datasets.ClassLabel(names=["a", "b", "c", "d"])
-    features = datasets.Features(image=datasets.Value("int64"), label=labels)
+    features = datasets.Features(image=datasets.Image(), label=labels)
 
     def rows(shard):
         for part in shard:
             for i in range(13):
-                yield dict(image=13 * part + i, label=i % 4)
-
-    class Number(int):
-        def convert(self, _):
-            return self
+                yield dict(image=Image.new("L", (2, 2), 13 * part + i), label=i % 4)
 
     stream = datasets.IterableDataset.from_generator(
-        rows, gen_kwargs=dict(shard=list(range(4))), features=features
-    ).map(lambda row: dict(image=Number(row["image"])))
+        rows, gen_kwargs=dict(shard=list(range(4))), features=features)
     args = argparse.Namespace(
         streaming=True, batch_size=3, grad_accum_steps=2, num_images=48, dataset="hub:x", seed=5, shuffle_buffer=10,
         workers=0, epochs=2,
@@ -108,7 +104,7 @@ def test_processes_share_a_stream(shards):
 
     def loader(rank):
         process = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
-        return TrainLoader(stream, lambda number: torch.tensor(int(number)), args, process)
+        return TrainLoader(stream, lambda image: torch.tensor(image.getpixel((0, 0))), args, process, mode="L")
 
     def images(rank, epoch, update=0):
         return [batch["image"].tolist() for batch in loader(rank).read(epoch, update)]

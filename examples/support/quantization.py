@@ -28,7 +28,7 @@ from rich.table import Table
 from support.files import replacing_file
 from torch import Tensor
 
-from s3n_timm.data import load
+from s3n_timm.data import load, read_stored, store_images
 
 Run = Callable[[Tensor], Tensor]
 LINEAR = ("MatMul", "Gemm")
@@ -65,7 +65,7 @@ def load_labelled(
     if not len(dataset):
         raise ValueError(f"--dataset {args.dataset} has no image in its {split} split.")
     dataset = dataset.shuffle(seed=0).select(range(min(count or len(dataset), len(dataset))))
-    images = torch.stack([transform(row["image"].convert("RGB")) for row in dataset])
+    images = torch.stack([transform(read_stored(row["image"])) for row in store_images(dataset)])
     return images, torch.tensor(dataset["label"][:])
 
 

@@ -14,7 +14,7 @@ import datasets
 from datasets.utils.file_utils import xopen
 from PIL import Image
 
-from ..images import expand_path, image_size, printable, read_image
+from ..images import ImageLike, expand_path, image_size, printable, read_image
 
 SPLITS = ("train", "test")
 OFFICIAL_COUNTS = {
@@ -71,19 +71,24 @@ def store_images(dataset: Any) -> Any:
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
-def read_stored(stored: Mapping[str, Any], mode: str = "RGB") -> Image.Image:
-    """Read an image as a row of `store_images` holds it, from its address where it lies on a server.
+def read_stored(stored: ImageLike, mode: str = "RGB") -> Image.Image:
+    """Read an image as a row of `store_images` holds it; one that lies on a server is fetched.
 
     Args:
-        stored: mapping with path and bytes, one of which may be None.
+        stored: mapping with path, which may be an address, and bytes, one of which may be None; or anything else that
+            `s3n_timm.images.read_image` reads.
         mode: 'RGB' or 'L'.
 
     Raises:
-        ValueError, TypeError: the image cannot be read, see `s3n_timm.images.read_image`.
+        ValueError, TypeError: the image cannot be fetched or read, see `s3n_timm.images.read_image`.
     """
-    if stored["bytes"] is None and "://" in str(stored["path"]):
-        with xopen(stored["path"], "rb") as file:
-            stored = dict(stored, bytes=file.read())
+    if isinstance(stored, Mapping) and stored.get("bytes") is None and "://" in str(stored.get("path")):
+        address = stored["path"]
+        try:
+            with xopen(address, "rb") as file:
+                stored = dict(path=address, bytes=file.read())
+        except OSError as error:
+            raise ValueError(f"{address} cannot be fetched ({error}).") from error
     return read_image(stored, mode)
 
 
