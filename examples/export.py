@@ -22,7 +22,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import s3n_timm
-from s3n_timm.images import expand_path, find_images, image_mode, read_image
+from s3n_timm.images import expand_path, find_images, image_mode
 from s3n_timm.peaks import PARTITION_MODES
 
 try:
@@ -34,7 +34,7 @@ try:
     from support.launching import exiting_on
     from support.quantization import export_int8
 
-    from s3n_timm.data import drawn_birds
+    from s3n_timm.data import drawn_birds, read_stored
 except ImportError as error:
     sys.exit(f'export.py: {error.name or error} is missing: pip install -e ".[export]"')
 
@@ -121,7 +121,7 @@ def load_model(args: argparse.Namespace) -> nn.Module:
 # images
 
 
-def load_images(args: argparse.Namespace, data_config: dict[str, Any], transform: Run) -> tuple[Tensor, list[str]]:
+def load_images(args: argparse.Namespace, data_config: dict[str, Any], read: Callable) -> tuple[Tensor, list[str]]:
     """Preprocessed images and their names, evenly taken from those that were given."""
     if args.images is None:
         rows = drawn_birds("test", args.num_images, size=max(128, *data_config["input_size"][1:]))
@@ -140,8 +140,7 @@ def load_images(args: argparse.Namespace, data_config: dict[str, Any], transform
         paths = [paths[i * len(paths) // count] for i in range(count)]
         images = paths
         names = [str(path) for path in paths]
-    mode = image_mode(data_config["input_size"][0])
-    return torch.stack([transform(read_image(image, mode)) for image in images]), names
+    return torch.stack([read(image) for image in images]), names
 
 
 # files
@@ -271,10 +270,15 @@ def main() -> None:
         data_config = resolve_data_config(model=model)
         keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
         transform = create_transform(**{key: data_config[key] for key in keys})
-        images, names = load_images(args, data_config, transform)
+        mode = image_mode(data_config["input_size"][0])
+
+        def read(image: Any) -> Tensor:
+            return transform(read_stored(image, mode))
+
+        images, names = load_images(args, data_config, read)
         args.output.mkdir(parents=True, exist_ok=True)
         export_files(model, images[0], data_config, args)
-        int8 = export_int8(start_onnx, model.num_classes, transform, args, console) if args.int8 else None
+        int8 = export_int8(start_onnx, model.num_classes, read, args, console) if args.int8 else None
     try:
         rows = compare(start_runtimes(model, args), images, names, args)
     except torch._dynamo.exc.TorchDynamoException as error:

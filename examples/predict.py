@@ -79,7 +79,7 @@ def list_images(args: argparse.Namespace) -> Iterable[Item]:
     if kind == "hub" and name:
         splits = load_repository(name, streaming=True)
         if args.split not in splits:
-            raise ValueError(f"SOURCE {args.source} has no split {args.split!r}, only {', '.join(splits)}: see --split.")
+            raise ValueError(f"--split {args.split} is not there: {args.source} has {', '.join(map(str, splits))}.")
         return read_rows(splits[args.split], args)
     if path.suffix.lower() == ".parquet" and path.is_file():
         files = dict(data=glob.escape(str(path)))
