@@ -148,7 +148,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--freeze-epochs must lie in 0 to --epochs {args.epochs}, got {args.freeze_epochs}.")
     if args.sched in ("none", "plateau"):
         parser.error(f"--sched {args.sched} does not step by updates: use constant, cosine, multistep, …")
-    if args.patience and not (args.val_fraction or args.val_split or args.dataset in ("folder", "parquet")):
+    if args.patience and not (args.val_fraction or args.val_split):
         parser.error("--patience needs validation images: give --val-fraction or --val-split.")
     if args.val_split and not args.dataset.startswith("hub:"):
         parser.error("--val-split names a split of the Hub: use --val-fraction for other data.")

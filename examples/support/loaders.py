@@ -28,9 +28,10 @@ Transform = Callable[[Any], Tensor]
 def load_splits(args: argparse.Namespace) -> dict[str, Any]:
     """Training, validation and test images; without a validation part, validation is the test split itself.
 
-    Where the files of a data set have a validation part and args ask for no other, args.val_split is set to it.
+    Where the files of a data set have a validation part, args.val_split is set to it: it takes the place of
+    --val-fraction, as a split of the Hub does.
     """
-    if not (args.val_split or args.val_fraction) and has_validation(args.dataset, args.data_dir):
+    if not args.val_split and has_validation(args.dataset, args.data_dir):
         args.val_split = "validation"
     kind = args.dataset.partition(":")[0]
     options: dict[str, Any] = dict(verify=args.verify)
@@ -51,8 +52,6 @@ def load_splits(args: argparse.Namespace) -> dict[str, Any]:
         val = load(args.dataset, args.data_dir, args.val_split, **options)
     elif args.val_fraction:
         train, val = hold_out(train, args.val_fraction, args.seed)
-    if args.patience and val is test:
-        raise ValueError(f"--patience needs validation images, of which {args.dataset} has none: give --val-fraction.")
     if args.verify and not args.streaming and kind != "birds":  # birds of two splits are drawn apart
         for other in (val,) if val is test else (val, test):
             check_disjoint(train, other)
