@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .evaluation import confused_pairs, per_class_accuracy
-from .model import S3N, S3NLogits
+from .model import S3N
+from .outputs import S3NLogits
 from .sampling import BRANCHES, SelectiveSample
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def draw_explanation(
 
     first, *others = seen.chances.argsort(descending=True, stable=True)[:3].tolist()
     _write(figure, WIDTH / 2, 0.28, _say(first, seen.chances, label_names, WIDTH - 2, LARGE), LARGE, ha="center")
-    line = "prediction of all outputs together" if model.answer == "mean" else f"{model.answer} prediction"
+    line = "prediction of all outputs together" if model.config.answer == "mean" else f"{model.config.answer} prediction"
     if others:
         line += ", ahead of " + " and ".join(_say(label, seen.chances, label_names, 2.5) for label in others)
     _write(figure, WIDTH / 2, 0.48, line, color=GREY, ha="center")
@@ -95,7 +96,7 @@ def draw_explanation(
             _show(ax, original)
             _draw_all_peaks(ax, model, seen)
             if seen.sample is not None:
-                ax = _add_tile(figure, *places[1], "saliency" if model.attention == "saliency" else "response R")
+                ax = _add_tile(figure, *places[1], "saliency" if model.config.attention == "saliency" else "response R")
                 _overlay(ax, original, seen.sample.response[0])
         else:
             weights = getattr(seen.sample, branch).weights
@@ -142,7 +143,7 @@ def draw_contact_sheet(
     """
     _check_model(model, images, mean, std, label_names)
     labels, titles = _check_batch(model, images, labels, titles, label_names)
-    has_peaks = model.attention == "sparse" and len(model.warped) > 0
+    has_peaks = model.config.attention == "sparse" and len(model.warped) > 0
     columns = min(2, len(images))
     branches = ("original", *model.warped)
     width = (WIDTH - GAP) / columns - 2 * GAP
@@ -203,8 +204,8 @@ def draw_epochs(
         raise ValueError(f"models must be one for each of the epochs, got {len(models)} and {len(epochs)}.")
     for model in models:
         _check_model(model, images, mean, std, label_names)
-    if len({model.branches for model in models}) > 1:
-        raise ValueError(f"models must have the same branches, got {', '.join(model.branches for model in models)}.")
+    if len({model.config.branches for model in models}) > 1:
+        raise ValueError(f"models must have the same branches, got {', '.join(model.config.branches for model in models)}.")
     labels, titles = _check_batch(models[0], images, labels, titles, label_names)
     branches = ("original", *models[0].warped)
     left, top = 0.3, 0.25
@@ -402,7 +403,7 @@ def _add_tile(figure: "Figure", x: float, y: float, side: float, tall: float, ti
 def _describe_input(model: S3N, seen: _Seen) -> str:
     if seen.sample is None:
         return "input"
-    if model.attention != "sparse":
+    if model.config.attention != "sparse":
         return "input; dense attention has no peaks"
     count = int(seen.sample.peaks.sum())
     return f"input, {count or 'no'} peak{'s' * (count != 1)}"
@@ -435,11 +436,11 @@ def _draw_warp(ax: "Axes", grid: Tensor, image: Any, color: str, lines: int = 25
 
 def _draw_all_peaks(ax: "Axes", model: S3N, seen: _Seen) -> None:
     """Peaks by their R, divided in the colours of the branches that they go to; grey: to none that the model has."""
-    if seen.sample is None or model.attention != "sparse":
+    if seen.sample is None or model.config.attention != "sparse":
         return
     parts = {COLORS[branch]: getattr(seen.sample, branch).weights[0] for branch in model.warped}
     if len(parts) < len(BRANCHES):
-        parts[GREY] = (seen.sample.peaks[0] - sum(parts.values())).clamp_min(0)
+        parts[GREY] = (seen.sample.peaks[0].float() - sum(parts.values())).clamp_min(0)
     _draw_peaks(ax, seen.pixels["original"], seen.sample.peaks[0] * seen.sample.response[0], parts)
 
 
