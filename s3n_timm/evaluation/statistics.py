@@ -40,6 +40,8 @@ def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0, 
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
+    if logits.shape[1] == 1:
+        return logits.new_zeros(())  # always confident and right; torchmetrics takes two classes or more
     probabilities = (logits.float() / temperature).softmax(1)
     return multiclass_calibration_error(probabilities, labels, num_classes=logits.shape[1], n_bins=bins, norm="l1")
 
