@@ -33,7 +33,6 @@ from torch.utils.data import DataLoader
 
 import s3n_timm
 from s3n_timm.data import load, part_names
-from s3n_timm.draw import draw_confusions
 from s3n_timm.evaluation import (
     CALIBRATION,
     CROP_MODES,
@@ -45,6 +44,7 @@ from s3n_timm.evaluation import (
     carry_annotations,
     choose_exit_entropy,
     confused_pairs,
+    draw_confusions,
     measure_batch,
     result_tables,
     summarize,

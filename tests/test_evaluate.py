@@ -22,13 +22,13 @@ from torch import tensor
 
 from s3n_timm import S3N, S3NLogits, SelectiveSample, evaluation, save
 from s3n_timm.data import PARTS, cub, draw_bird, drawn_birds
-from s3n_timm.draw import draw_confusions
 from s3n_timm.early_exit import predict
 from s3n_timm.evaluation import (
     Crop,
     as_plain,
     carry_annotations,
     cross_calibrate,
+    draw_confusions,
     measure_batch,
     result_tables,
     summarize,

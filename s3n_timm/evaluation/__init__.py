@@ -1,5 +1,6 @@
 """What the paper measures besides accuracy, as functions, and the evaluation of a model on a whole split."""
 
+from .confusions import draw_confusions
 from .geometry import (
     CROP_MODES,
     Crop,
@@ -56,6 +57,7 @@ __all__ = [
     "count_hits",
     "Crop",
     "cross_calibrate",
+    "draw_confusions",
     "fit_temperature",
     "grid_to_pixels",
     "hit_histogram",
