@@ -17,6 +17,7 @@ from PIL import Image
 from scripts import command, run, train
 
 from s3n_timm import S3N, save
+from s3n_timm.classifier import Classifier
 from s3n_timm.data import draw_bird
 from s3n_timm.draw import COLORS, GREY, RIGHT, WRONG, draw_contact_sheet, draw_epochs, draw_explanation, overlay
 
@@ -355,8 +356,24 @@ def test_script_draws_what_it_can_and_tells_the_rest(weights, tmp_path):
     assert [str(path) for path in written] == ["1-2.png", "1.png", "wren/1.png"]
     assert all(Image.open(birds / "pictures" / path).size[0] == 900 for path in written)
     (birds / "broken.jpg").unlink()
-    run(words)  # it does not draw its own pictures
+    visualize.main(list(map(str, words[2:])))  # it does not draw its own pictures
     assert len(list((birds / "pictures").rglob("*.*"))) == 3
+
+
+def test_no_error_of_a_file_ends_the_others(weights, draw_files, tmp_path, monkeypatch, capsys):
+    birds = [save_bird(tmp_path / f"{i}.png", i) for i in range(3)]
+    prepare = Classifier.prepare
+
+    def fail(self, image):  # as Pillow does on odd EXIF blocks
+        if image == birds[1]:
+            raise AttributeError("'str' object has no attribute 'numerator'")
+        return prepare(self, image)
+
+    monkeypatch.setattr(Classifier, "prepare", fail)
+    with pytest.raises(ValueError, match="1 of 3 images"):
+        draw_files(*birds, "--weights", weights)
+    assert str(birds[1]) in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "2.png"]
 
 
 def test_images_are_not_overwritten(weights, draw_files, tmp_path):
