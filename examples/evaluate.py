@@ -32,7 +32,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import s3n_timm
+from s3n_timm.config import ANSWERS
 from s3n_timm.data import load, part_names
+from s3n_timm.early_exit import choose_exit_entropy
 from s3n_timm.evaluation import (
     CALIBRATION,
     CROP_MODES,
@@ -42,7 +44,6 @@ from s3n_timm.evaluation import (
     ResultTable,
     as_plain,
     carry_annotations,
-    choose_exit_entropy,
     confused_pairs,
     draw_confusions,
     measure_batch,
@@ -50,7 +51,6 @@ from s3n_timm.evaluation import (
     summarize,
 )
 from s3n_timm.hub import count_parameters
-from s3n_timm.model import ANSWERS
 from s3n_timm.peaks import PARTITION_MODES
 
 
@@ -143,21 +143,20 @@ def set_options(model: nn.Module, args: argparse.Namespace) -> None:
     if not model.num_classes:
         raise ValueError(f"WEIGHTS {args.weights} has no classifier, so there is nothing to measure.")
     exits = args.exit_entropy is not None or args.exit_loss is not None
-    if exits and not (is_s3n and "O" in model.branches):
+    if exits and not (is_s3n and "O" in model.config.branches):
         raise ValueError("--exit-entropy and --exit-loss need an S3N with the O branch: leave them out.")
     if args.partition_eval:
         if not has_peaks(model):
             raise ValueError(f"--partition-eval {args.partition_eval} needs a model with peaks: leave it out.")
-        model.partition_eval = args.partition_eval
-        model.set_epoch(model.partition_warmup_epochs)  # weights saved during warm-up would use its partition
+        model.configure(partition_eval=args.partition_eval)
     if args.answer:
         if not is_s3n:
             raise ValueError(f"--answer {args.answer} needs an S3N, and this model has one output: leave it out.")
-        model.set_answer(args.answer)
+        model.configure(answer=args.answer)
 
 
 def has_peaks(model: nn.Module) -> bool:
-    return isinstance(model, s3n_timm.S3N) and model.attention == "sparse" and bool(model.warped)
+    return isinstance(model, s3n_timm.S3N) and model.config.attention == "sparse" and bool(model.warped)
 
 
 def describe_model(model: nn.Module, data_config: dict[str, Any]) -> dict[str, Any]:
@@ -167,10 +166,10 @@ def describe_model(model: nn.Module, data_config: dict[str, Any]) -> dict[str, A
         parameters=count_parameters(model),
     )
     if isinstance(model, s3n_timm.S3N):
-        betas = {name: value.item() for name, value in model.named_parameters() if name.startswith("beta_")}
+        betas = {f"beta_{branch}": value.item() for branch, value in model.beta.items()}
         # the config holds the values at the start of training
-        now = dict(answer=model.answer, partition=model.partition if has_peaks(model) else None)
-        summary["s3n"] = {**model.config, **betas, **now}
+        now = dict(partition=model.partition if has_peaks(model) else None)
+        summary["s3n"] = {**model.config.to_dict(), **betas, **now}
     return dict(summary, preprocessing=dict(data_config))
 
 

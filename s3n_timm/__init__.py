@@ -5,14 +5,16 @@
 
 from .attention import sampling_map
 from .classifier import Classifier
+from .config import S3NConfig
 from .heads import NoResponseMap
 from .hub import push_to_hub, save
 from .loss import S3NLoss
-from .model import S3N, Explanation, S3NLogits
+from .model import S3N
 from .original import load_original_checkpoint
+from .outputs import Explanation, S3NLogits
 from .peaks import find_peaks, partition_peaks
 from .registry import VARIANTS
-from .response import class_response_maps, gate_response, normalize_response
+from .response import class_response_maps, gate_response, normalize_response, project_response
 from .sampling import SelectiveSample, resample, selective_sample, warp_grid
 
 __version__ = "0.1.0"
@@ -23,6 +25,7 @@ __all__ = [
     "Classifier",
     "Explanation",
     "NoResponseMap",
+    "S3NConfig",
     "S3NLogits",
     "S3NLoss",
     "SelectiveSample",
@@ -32,6 +35,7 @@ __all__ = [
     "load_original_checkpoint",
     "normalize_response",
     "partition_peaks",
+    "project_response",
     "push_to_hub",
     "resample",
     "sampling_map",

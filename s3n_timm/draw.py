@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from .layout import GAP, LARGE, LINE, SMALL, Block, create_tiles, fit_line, name_row, show, write
-from .model import S3N, S3NLogits
+from .model import S3N
+from .outputs import S3NLogits
 from .sampling import BRANCHES, SelectiveSample
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def draw_explanation(
     best, *others = seen.probabilities.argsort(descending=True, stable=True)[:3].tolist()
     heading = _describe(best, seen.probabilities, label_names, WIDTH - 2, LARGE)
     write(figure, WIDTH / 2, 0.28, heading, LARGE, ha="center")
-    line = "prediction of all outputs together" if model.answer == "mean" else f"{model.answer} prediction"
+    answer = model.config.answer
+    line = "prediction of all outputs together" if answer == "mean" else f"{answer} prediction"
     if others:
         line += ", ahead of " + " and ".join(_describe(i, seen.probabilities, label_names, 2.5) for i in others)
     write(figure, WIDTH / 2, 0.48, line, color=GREY, ha="center")
@@ -122,7 +124,7 @@ def draw_explanation(
             show(tiles[0], original, _describe_input(model, seen))
             _draw_all_peaks(tiles[0], model, seen)
             if seen.sample is not None:
-                title = "saliency" if model.attention == "saliency" else "response R"
+                title = "saliency" if model.config.attention == "saliency" else "response R"
                 show(tiles[1], overlay(original, seen.sample.response[0]), title)
         else:
             weights, grid = (getattr(getattr(seen.sample, branch), name) for name in ("weights", "grid"))
@@ -178,7 +180,7 @@ def draw_contact_sheet(
     head = LINE * (2 if any(titles) else 1) + 0.05
     blocks = math.ceil(len(images) / columns), columns
     figure, cells = create_tiles(blocks, (1, len(branches)), side, _aspect(images), left, top=0.25, head=head)
-    has_peaks = model.attention == "sparse" and len(model.warped) > 0
+    has_peaks = model.config.attention == "sparse" and len(model.warped) > 0
     names = ("input and peaks" if has_peaks else "input", *model.warped)
     for cell in cells[:columns]:
         for i, (name, branch) in enumerate(zip(names, branches)):
@@ -232,8 +234,9 @@ def draw_epochs(
         raise ValueError(f"There must be one model for each epoch, got {len(models)} and {len(epochs)}.")
     for model in models:
         _check_model(model, images, mean, std, label_names)
-    if len({model.branches for model in models}) > 1:
-        raise ValueError(f"models must have the same branches, got {', '.join(model.branches for model in models)}.")
+    kinds = [model.config.branches for model in models]
+    if len(set(kinds)) > 1:
+        raise ValueError(f"models must have the same branches, got {', '.join(kinds)}.")
     labels, titles = _check_batch(models[0], images, labels, titles, label_names)
     branches = ("original", *models[0].warped)
     names = ("response" if models[0].warped else "input", *models[0].warped)
@@ -374,7 +377,7 @@ def _write_prediction(
 def _describe_input(model: S3N, seen: _Seen) -> str:
     if seen.sample is None:
         return "input"
-    if model.attention != "sparse":
+    if model.config.attention != "sparse":
         return "input; dense attention has no peaks"
     count = int(seen.sample.peaks.sum())
     return f"input, {count or 'no'} peak{'s' * (count != 1)}"
@@ -395,7 +398,7 @@ def _draw_warp(ax: "Axes", grid: Tensor, image: Any, color: str, lines: int = 25
 
 def _draw_all_peaks(ax: "Axes", model: S3N, seen: _Seen) -> None:
     """Peaks by their R, divided in the colors of the branches that they go to; grey: to none that the model has."""
-    if seen.sample is None or model.attention != "sparse":
+    if seen.sample is None or model.config.attention != "sparse":
         return
     parts = {COLORS[branch]: getattr(seen.sample, branch).weights[0] for branch in model.warped}
     if len(parts) < len(BRANCHES):

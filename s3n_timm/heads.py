@@ -6,21 +6,32 @@ own statistics, which keeps the mean of a map equal to its class score. Anything
 it is, which is exact for affine layers and approximates for others. `inspect_head` finds out by running the head.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
+import timm
 import torch
 from timm.layers import RmsNorm, RmsNorm2d
 from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
 
-from .response import class_response_maps
+from .config import check_count
+from .response import class_response_maps, gate_response, grid_mean, project_response
 
 # timm's models share an interface but no class
 Backbone = Any
+
+# S3N passes these itself, or they would load weights
+RESERVED = ("num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path",
+            "cache_dir")
+
+MAX_BUILT_SIZE = 2_048  # pixels a side that a backbone is built for: a ViT/16 then reads 16,384 tokens
 
 _NORMS = (nn.LayerNorm, RmsNorm, RmsNorm2d)
 _PASSIVE = (nn.Identity, nn.Flatten, nn.modules.dropout._DropoutNd, nn.AdaptiveAvgPool2d, FastAdaptiveAvgPool)
@@ -28,13 +39,62 @@ _AFFINE = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
 _AVERAGE_POOLS = ("avg", "fast", "fastavg")
 
 
-class Head(NamedTuple):
-    """What `inspect_head` found out about a backbone."""
+class NoResponseMap(ValueError):
+    """A backbone whose head gives no class response maps."""
+
+
+def create_backbone(
+        backbone: Backbone, num_classes: int, in_chans: int, backbone_args: Mapping[str, Any], **kwargs: Any,
+) -> tuple[Backbone, str | None, dict[str, Any]]:
+    """The backbone with at least one class, its timm name where it has one, and its further arguments.
+
+    Raises:
+        ValueError: the name is not one of timm's, or timm cannot build it with these arguments.
+    """
+    img_size = kwargs.get("img_size")
+    for side in img_size if isinstance(img_size, (tuple, list)) else () if img_size is None else (img_size,):
+        check_count("img_size", side, 1, MAX_BUILT_SIZE)
+    named = isinstance(backbone, str)
+    if not named and not isinstance(backbone, nn.Module):
+        raise ValueError(f"backbone must be the name of a timm model or a module, got {reprlib.repr(backbone)}.")
+    if named:
+        # a name alone: with timm's prefixes for sources a config.json could reach for other folders and the network
+        if not timm.is_model(backbone):
+            raise ValueError(f"backbone {backbone!r} is not a timm model: see timm.list_models() for the names.")
+        args = dict(backbone_args)
+        reserved = [name for name in args if name in RESERVED]
+        if reserved:
+            raise ValueError(f"backbone_args must not have {', '.join(reserved)}: give it to S3N, or load weights.")
+        try:
+            model = timm.create_model(
+                backbone, pretrained=False, num_classes=max(num_classes, 1), in_chans=in_chans, **kwargs, **args)
+            # starts as nn.Linear does: EfficientNet's own start is so wide that response maps are noise for an epoch
+            model.reset_classifier(max(num_classes, 1))
+        except Exception as error:  # timm's constructors hardly check: a wrong argument fails anywhere and anyhow
+            given = {name: value for name, value in {**kwargs, **args}.items() if value is not None}
+            raise ValueError(
+                f"backbone {backbone!r} cannot be built with {reprlib.repr(given)}: {type(error).__name__}: {error}"
+            ) from error
+        return model, backbone, args
+    name: str | None = getattr(backbone, "pretrained_cfg", {}).get("architecture")
+    if getattr(backbone, "num_classes", None) != num_classes:
+        backbone.reset_classifier(max(num_classes, 1))
+    args = {k: v for k, v in get_model_args(backbone).items() if k not in ("num_classes", "in_chans", "global_pool")}
+    return backbone, name, args
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a backbone gets from its features to pooled features, logits and class response maps.
+
+    Found by `inspect_head`. Its methods take the backbone, so that wrapping or moving the module cannot leave a second,
+    stale reference to it behind.
+    """
 
     layout: str  # of forward_features: "NCHW", "NHWC" or "NLC"
     prefix_tokens: int  # tokens before the patch tokens, in NLC
     width: int  # channels of the features, D
-    hidden_width: int  # channels before the classifier
+    hidden_width: int  # channels before the classifier, D'
     classifier: str  # name of the classifier module
     norm: str | None  # name of a norm between pooling and classifier
     linear: bool  # nothing else stands between pooling and classifier
@@ -42,9 +102,143 @@ class Head(NamedTuple):
     modules: tuple[str, ...]  # names of all modules that the head runs
     exact: bool  # the mean of a response map equals its class score
 
+    def to_map(self, features: Tensor, size: Sequence[int]) -> Tensor:
+        """Bring what forward_features() gives to B×D×h×w.
 
-class NoResponseMap(ValueError):
-    """A backbone whose head gives no class response maps."""
+        Args:
+            features: NCHW or NHWC features, or NLC tokens.
+            size: (H, W) of the image in pixels, for the shape of a token grid.
+
+        Raises:
+            ValueError: the tokens don't fill a grid of the image's shape.
+        """
+        if self.layout == "NCHW":
+            return features
+        if self.layout == "NHWC":
+            return features.permute(0, 3, 1, 2)
+        tokens = features[:, self.prefix_tokens:]
+        # patches need not fill the image, so the grid is the one whose shape comes nearest to the image's
+        count = tokens.shape[1]
+        stretch = {r: abs(math.log(r * r / count * size[1] / size[0])) for r in range(1, count + 1) if count % r == 0}
+        rows = min(stretch, key=lambda r: stretch[r])
+        if stretch[rows] >= math.log(2):
+            raise ValueError(f"{count} tokens don't fill a grid of the shape of a {size[0]}×{size[1]} image.")
+        return tokens.transpose(1, 2).unflatten(2, (rows, count // rows))
+
+    def from_map(self, features: Tensor) -> Tensor:
+        """Bring B×D×h×w back to what forward_head() reads; prefix tokens, which it ignores, are zero."""
+        if self.layout == "NCHW":
+            return features
+        if self.layout == "NHWC":
+            return features.permute(0, 2, 3, 1)
+        tokens = features.flatten(2).transpose(1, 2)
+        return torch.cat([tokens.new_zeros(tokens.shape[0], self.prefix_tokens, self.width), tokens], dim=1)
+
+    def pool(self, backbone: Backbone, features: Tensor) -> Tensor:
+        """All of the head but its classifier: B×D×h×w features to B×D' pooled features."""
+        return backbone.forward_head(self.from_map(features), pre_logits=True)
+
+    def classify(self, backbone: Backbone, features: Tensor, hidden: Tensor) -> Tensor:
+        """B×C logits, from the pooled features where the classifier reads those."""
+        if self.reads_hidden:
+            return classify(backbone.get_submodule(self.classifier), hidden)
+        return backbone.forward_head(self.from_map(features))
+
+    def hidden_maps(self, backbone: Backbone, features: Tensor) -> Tensor:
+        """Apply all of the head but pooling and classifier at every position: B×D×h×w to B×D'×h×w.
+
+        The classifier's `class_response_maps` of the result are the backbone's (section 1).
+        """
+        if not self.linear:
+            return self._at_positions(backbone, features, pre_logits=True)
+        if self.norm is None:
+            return features
+        norm = backbone.get_submodule(self.norm)
+        pooled = features.mean((2, 3), keepdim=True)
+        if isinstance(norm, nn.LayerNorm):
+            features = features - features.mean(1, keepdim=True)
+            pooled = pooled - pooled.mean(1, keepdim=True)
+        features = features * torch.rsqrt(pooled.square().mean(1, keepdim=True) + norm.eps)
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        if weight is not None:
+            features = features * weight[:, None, None]
+        return features if bias is None else features + bias[:, None, None]
+
+    def response_maps(self, backbone: Backbone, features: Tensor) -> Tensor:
+        """Class response maps B×C×h×w of the backbone's own classifier on B×D×h×w features (eq. 1)."""
+        if not self.reads_hidden:
+            return self._at_positions(backbone, features)
+        return classify_maps(backbone.get_submodule(self.classifier), self.hidden_maps(backbone, features))
+
+    def response(
+            self,
+            backbone: Backbone,
+            features: Tensor,
+            logits: Tensor,
+            grid_size: tuple[int, int],
+            gate_scores: str = "logits",
+            **gate: Any,
+    ) -> Tensor:
+        """The gated response B×h×w of features B×D×h×w with logits Y_O, float32, without a gradient (eq. 1 to 3).
+
+        Args:
+            backbone: the module that the head belongs to.
+            features: B×D×h×w.
+            logits: B×C.
+            grid_size: (rows, columns) that maps are resized to, for `gate_scores="maps"`.
+            gate_scores: class scores of the gate: `"logits"`, or `"maps"` for the means of the maps on the grid.
+            gate: `threshold`, `topk` and `gate` of `gate_weights`.
+        """
+        classifier = backbone.get_submodule(self.classifier)
+        features, scores = features.detach(), logits.detach()
+        if not self.reads_hidden or not is_plain(classifier):
+            maps = self.response_maps(backbone, features.to(dtype_of(backbone))).detach().float()
+            return gate_response(maps, grid_mean(maps, grid_size) if gate_scores == "maps" else scores, **gate)
+        # under autocast the features come in low precision; here everything has the precision of the weights
+        hidden = self.hidden_maps(backbone, features.to(classifier.weight.dtype)).detach()
+        if gate_scores == "maps":
+            scores = classify(classifier, grid_mean(hidden, grid_size)).detach()
+        return project_response(hidden, classifier.weight.detach().flatten(1), scores, **gate)
+
+    def _at_positions(self, backbone: Backbone, features: Tensor, **kwargs: Any) -> Tensor:
+        """Run forward_head() on every position as if it were an image of one position."""
+        batch, width, rows, columns = features.shape
+        positions = features.permute(0, 2, 3, 1).reshape(-1, width, 1, 1)
+        # the flags alone, not eval(): dropout and batch norm must neither act nor learn from single positions
+        modules = [backbone, *(backbone.get_submodule(path) for path in self.modules)]
+        with _evaluating(modules):
+            out = backbone.forward_head(self.from_map(positions), **kwargs)
+        return out.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The floating dtype of a module's parameters."""
+    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+
+
+def is_plain(classifier: nn.Module) -> bool:
+    """Whether a classifier is its weight and bias and nothing else, so that response maps may read these.
+
+    Adapters (LoRA), quantized layers and hooks that load weights on demand are not: what they compute is known by
+    calling them alone.
+    """
+    kernel = classifier.kernel_size == (1, 1) if type(classifier) is nn.Conv2d else type(classifier) is nn.Linear
+    return kernel and not hasattr(classifier, "_hf_hook") and not classifier._forward_hooks
+
+
+def classify_maps(classifier: nn.Module, hidden: Tensor) -> Tensor:
+    """Apply a linear classifier, of whatever kind, at every position: B×D'×h×w to class response maps B×C×h×w."""
+    if is_plain(classifier):
+        return class_response_maps(hidden, classifier)
+    logits = classify(classifier, hidden.movedim(1, 3).flatten(0, 2))
+    return logits.unflatten(0, (hidden.shape[0], *hidden.shape[2:])).movedim(3, 1)
+
+
+def classify(classifier: nn.Module, hidden: Tensor) -> Tensor:
+    """Apply a linear classifier, in whichever form it is built, to B×D' pooled features."""
+    if isinstance(classifier, nn.Conv2d):
+        return classifier(hidden[:, :, None, None]).flatten(1)
+    return classifier(hidden)
 
 
 def inspect_head(backbone: Backbone) -> Head:
@@ -71,10 +265,8 @@ def inspect_head(backbone: Backbone) -> Head:
             "a backbone with average pooling, or pass backbone_args=dict(global_pool='avg') where the backbone has it."
         )
     input_size = get_model_input_config(backbone)["input_size"]
-    parameter = next(backbone.parameters())
-    noise = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
     with _evaluating(backbone.modules()), torch.no_grad():
-        features = backbone.forward_features(noise.to(parameter))
+        features = _draw_features(backbone, input_size)
         layout, prefix, width = _find_layout(backbone, features, name)
         logits, calls = _run_head(backbone, features, width)
         hidden, hidden_calls = _run_head(backbone, features, width, pre_logits=True)
@@ -100,14 +292,50 @@ def inspect_head(backbone: Backbone) -> Head:
             modules=tuple(calls),
             exact=linear or all(isinstance(m, _AFFINE) for m in between.values()),
         )
-        maps = features_to_map(features, head, input_size[1:])
-        if not _agree(backbone.forward_head(features_from_map(maps, head)), logits):
+        maps = head.to_map(features, input_size[1:])
+        if not _agree(_call(backbone, "forward_head", head.from_map(maps)), logits):
             raise NoResponseMap(
                 f"{name} pools its class token together with the patches: choose a backbone that averages patches only."
             )
         # the structure says whether a map is exact; the figures catch what a head does outside its modules
-        scores = backbone_response_maps(backbone, head, maps).mean((2, 3))
-    return head._replace(exact=head.exact and _agree(scores, logits))
+        exact = head.exact and (logits.is_meta or _agree(head.response_maps(backbone, maps).mean((2, 3)), logits))
+    return replace(head, exact=exact)
+
+
+class _Method(nn.Module):
+    """A method of a backbone as the forward of a module, for `functional_call`."""
+
+    def __init__(self, backbone: Backbone, method: str) -> None:
+        super().__init__()
+        self.backbone, self.method = backbone, method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.backbone, self.method)(*args, **kwargs)
+
+
+def _call_on_meta(backbone: Backbone, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Run a method without computing anything: for the shapes alone, and for weights that are not there yet."""
+    module = _Method(backbone, method)
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    return torch.func.functional_call(module, {name: tensor.to("meta") for name, tensor in tensors}, args, kwargs)
+
+
+def _call(backbone: Backbone, method: str, *args: Any, **kwargs: Any) -> Any:
+    on_meta = any(parameter.is_meta for parameter in backbone.parameters())
+    return _call_on_meta(backbone, method, *args, **kwargs) if on_meta else getattr(backbone, method)(*args, **kwargs)
+
+
+def _draw_features(backbone: Backbone, input_size: Sequence[int]) -> Any:
+    """Random features of the shape that forward_features() gives; what it gave itself where that is no tensor."""
+    parameter = next(backbone.parameters())
+    try:
+        features = _call_on_meta(backbone, "forward_features", torch.empty(
+            1, *input_size, device="meta", dtype=parameter.dtype))
+    except (RuntimeError, NotImplementedError):  # a constant outside its buffers, or an operator without shapes
+        features = backbone.forward_features(torch.zeros(1, *input_size).to(parameter))
+    if not isinstance(features, Tensor) or parameter.is_meta:
+        return features
+    return torch.randn(features.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(parameter)
 
 
 def _run_head(
@@ -128,7 +356,7 @@ def _run_head(
         if not any(module.children())
     ]
     try:
-        return backbone.forward_head(features, **kwargs), calls
+        return _call(backbone, "forward_head", features, **kwargs), calls
     finally:
         for handle in handles:
             handle.remove()
@@ -167,7 +395,8 @@ def _find_layout(backbone: Backbone, features: object, name: str) -> tuple[str, 
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    return a.is_meta or bool((a - b).abs().amax() <= 1e-4 * b.abs().amax() + 1e-6)
+    tolerance = max(1e-4, 4 * torch.finfo(b.dtype).eps)
+    return a.is_meta or bool((a - b).abs().amax() <= tolerance * b.abs().amax() + 1e-6)
 
 
 @contextmanager
@@ -218,84 +447,3 @@ def explain_refusal(images: object, backbone: Backbone, channels: int, error: Ex
     if isinstance(error, AssertionError) or not shape[0] or min(shape[2:]) < cell:
         return ValueError(f"this backbone cannot read images of shape {shape}: {error}")
     return None
-
-
-def features_to_map(features: Tensor, head: Head, size: Sequence[int]) -> Tensor:
-    """Bring what forward_features() gives to B×D×h×w.
-
-    Args:
-        features: NCHW or NHWC features, or NLC tokens.
-        head: the backbone's.
-        size: (H, W) of the image in pixels, for the shape of a token grid.
-
-    Raises:
-        ValueError: the tokens don't fill a grid of the image's shape.
-    """
-    if head.layout == "NCHW":
-        return features
-    if head.layout == "NHWC":
-        return features.permute(0, 3, 1, 2)
-    tokens = features[:, head.prefix_tokens :]
-    # patches need not fill the image, so the grid is the one whose shape comes nearest to the image's
-    count = tokens.shape[1]
-    stretch = {r: abs(math.log(r * r / count * size[1] / size[0])) for r in range(1, count + 1) if count % r == 0}
-    rows = min(stretch, key=lambda r: stretch[r])
-    if stretch[rows] >= math.log(2):
-        raise ValueError(f"{count} tokens don't fill a grid of the shape of a {size[0]}×{size[1]} image.")
-    return tokens.transpose(1, 2).unflatten(2, (rows, count // rows))
-
-
-def features_from_map(maps: Tensor, head: Head) -> Tensor:
-    """Bring B×D×h×w back to what the backbone's forward_head() reads; prefix tokens, which it ignores, are zero."""
-    if head.layout == "NCHW":
-        return maps
-    if head.layout == "NHWC":
-        return maps.permute(0, 2, 3, 1)
-    tokens = maps.flatten(2).transpose(1, 2)
-    return torch.cat([tokens.new_zeros(tokens.shape[0], head.prefix_tokens, head.width), tokens], dim=1)
-
-
-def classify(classifier: nn.Module, hidden: Tensor) -> Tensor:
-    """Apply a linear classifier, in whichever form it is built, to B×D' pooled features."""
-    if isinstance(classifier, nn.Conv2d):
-        return classifier(hidden[:, :, None, None]).flatten(1)
-    return classifier(hidden)
-
-
-def hidden_maps(backbone: Backbone, head: Head, features: Tensor) -> Tensor:
-    """Apply all of the head but pooling and classifier at every position: B×D×h×w to B×D'×h×w.
-
-    The classifier's `class_response_maps` of the result are the backbone's (section 1).
-    """
-    if not head.linear:
-        return _at_positions(backbone, head, features, pre_logits=True)
-    if head.norm is None:
-        return features
-    norm = backbone.get_submodule(head.norm)
-    pooled = features.mean((2, 3), keepdim=True)
-    if isinstance(norm, nn.LayerNorm):
-        features = features - features.mean(1, keepdim=True)
-        pooled = pooled - pooled.mean(1, keepdim=True)
-    features = features * torch.rsqrt(pooled.square().mean(1, keepdim=True) + norm.eps)
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if weight is not None:
-        features = features * weight[:, None, None]
-    return features if bias is None else features + bias[:, None, None]
-
-
-def backbone_response_maps(backbone: Backbone, head: Head, features: Tensor) -> Tensor:
-    """Class response maps B×C×h×w of a backbone's own classifier on B×D×h×w features (eq. 1)."""
-    if not head.reads_hidden:
-        return _at_positions(backbone, head, features)
-    return class_response_maps(hidden_maps(backbone, head, features), backbone.get_submodule(head.classifier))
-
-
-def _at_positions(backbone: Backbone, head: Head, features: Tensor, **kwargs: Any) -> Tensor:
-    """Run forward_head() on every position as if it were an image of one position."""
-    batch, width, rows, columns = features.shape
-    positions = features.permute(0, 2, 3, 1).reshape(-1, width, 1, 1)
-    # the flags alone, not eval(): dropout and batch norm must neither act nor learn from single positions
-    modules = [backbone, *(backbone.get_submodule(path) for path in head.modules)]
-    with _evaluating(modules):
-        out = backbone.forward_head(features_from_map(positions, head), **kwargs)
-    return out.view(batch, rows, columns, -1).permute(0, 3, 1, 2)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model import S3NLogits, mean_answer
+from .outputs import S3NLogits, mean_answer
 
 
 class S3NLoss(nn.Module):
@@ -17,11 +17,13 @@ class S3NLoss(nn.Module):
     Args:
         smoothing: ε, taken from the true class and spread evenly over the other C - 1; one number for every output
             or one per field of `S3NLogits`. `S3NLoss.ORIGINAL` holds the original's, 0.15 on Y_O and Y_C.
-        distillation: weight of Σ_i KL(`mean_answer` ‖ Y_i), by which every branch learns from what all outputs say
-            together. Not the paper's.
+        distillation: weight of T² · KL(teacher ‖ Y_O), by which the original branch learns from a detached teacher:
+            what the other outputs say together (`mean_answer`), unless `forward` is given one. Not the paper's.
+        temperature: T, by which teacher's and student's logits are divided there.
 
     Raises:
-        ValueError: an ε lies outside [0, 1), a field is unknown, or `distillation` is negative.
+        ValueError: an ε lies outside [0, 1), a field is unknown, `distillation` is negative, or `temperature` not
+            positive.
 
     Example:
         >>> from torch import zeros, tensor
@@ -32,7 +34,8 @@ class S3NLoss(nn.Module):
 
     ORIGINAL: ClassVar[dict[str, float]] = {"original": 0.15, "complementary": 0.15}
 
-    def __init__(self, smoothing: float | Mapping[str, float] = 0.0, distillation: float = 0.0) -> None:
+    def __init__(self, smoothing: float | Mapping[str, float] = 0.0, distillation: float = 0.0,
+                 temperature: float = 1.0) -> None:
         super().__init__()
         given = smoothing if isinstance(smoothing, Mapping) else dict.fromkeys(S3NLogits._fields, smoothing)
         for name, value in given.items():
@@ -42,15 +45,18 @@ class S3NLoss(nn.Module):
                 raise ValueError(f"smoothing of {name} must lie in [0, 1), got {value}.")
         if not 0 <= distillation < math.inf:
             raise ValueError(f"distillation must be a weight of at least 0, got {distillation}.")
-        self.distillation = distillation
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive, got {temperature}.")
+        self.distillation, self.temperature = distillation, temperature
         self.smoothing = {name: float(given.get(name, 0.0)) for name in S3NLogits._fields}
 
-    def forward(self, logits: S3NLogits | Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: S3NLogits | Tensor, target: Tensor, teacher: Tensor | None = None) -> Tensor:
         """Loss of a batch.
 
         Args:
             logits: `S3NLogits` of B×C each, or the B×C joint logits alone, as a model in eval mode gives them.
             target: B class indices, or B×C class probabilities.
+            teacher: B×C logits of another network, to distil from in place of the model's other outputs.
 
         Returns:
             The loss, a scalar.
@@ -66,11 +72,17 @@ class S3NLoss(nn.Module):
             if output is not None
         ]
         if self.distillation:
-            # of the teacher's gradient only the students' part is wanted: it would learn to be easy to follow
-            teacher = mean_answer(logits).detach()
-            terms += [self.distillation * F.kl_div(branch.float().log_softmax(1), teacher, log_target=True,
-                                                   reduction="batchmean")
-                      for branch in logits[1:] if branch is not None]
+            student = logits.joint if logits.original is None else logits.original
+            if teacher is None:
+                others = [each / self.temperature for name, each in logits._asdict().items()
+                          if each is not None and name != "original"]
+                teacher_log = mean_answer(others)
+            else:
+                teacher_log = (teacher.float() / self.temperature).log_softmax(1)
+            # detached: with a gradient the teacher would learn to be easy to follow
+            terms.append(self.distillation * self.temperature**2 * F.kl_div(
+                (student.float() / self.temperature).log_softmax(1), teacher_log.detach(), log_target=True,
+                reduction="batchmean"))
         return sum(terms[1:], terms[0])
 
 

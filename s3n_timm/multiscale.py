@@ -22,7 +22,7 @@ def identity_grid(size: Sequence[int], device: torch.device | None = None) -> Te
     Returns:
         1×H×W×2 grid of (x, y) in [-1, 1], the corners' centres at ±1.
     """
-    y, x = (torch.linspace(-1, 1, side, device=device) for side in size)
+    y, x = (torch.linspace(-1, 1, side, device=device, dtype=torch.float32) for side in size)
     return torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)[None]
 
 

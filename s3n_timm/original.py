@@ -17,8 +17,10 @@ import timm
 import torch
 from torch import Tensor
 
-from .model import MAX_CLASSES, S3N, check_count, gaussian_kernel
+from .config import MAX_CLASSES, check_count
+from .model import S3N
 from .registry import check_shapes, check_values, join_names
+from .sampling import gaussian_kernel
 
 _logger = logging.getLogger(__name__)
 
@@ -34,10 +36,10 @@ MODULES = {
     "features.6": "backbone.layer3",
     "features.7": "backbone.layer4",
     "raw_classifier": "backbone.fc",
-    "sampler_buffer": "neck_discriminative",
-    "sampler_buffer1": "neck_complementary",
-    "sampler_classifier": "classifier_discriminative",
-    "sampler_classifier1": "classifier_complementary",
+    "sampler_buffer": "neck.discriminative",
+    "sampler_buffer1": "neck.complementary",
+    "sampler_classifier": "classifier.discriminative",
+    "sampler_classifier1": "classifier.complementary",
     "con_classifier": "fusion",
 }
 DEPTHS = {6: 50, 23: 101, 36: 152}  # of a ResNet, by the number of blocks in its layer3
@@ -86,8 +88,8 @@ def load_original_checkpoint(path: str | Path, num_classes: int | None = None) -
 
     own = model.state_dict()
     added = {
-        "beta_discriminative": math.sqrt(2) * GRID * state["radius.scale"].double(),
-        "beta_complementary": math.sqrt(2) * GRID * state["radius_inv.scale"].double(),
+        "beta.discriminative": math.sqrt(2) * GRID * state["radius.scale"].double(),
+        "beta.complementary": math.sqrt(2) * GRID * state["radius_inv.scale"].double(),
         "partition_warm": torch.tensor(True),
         "kernel": kernel,
     }
@@ -197,7 +199,7 @@ def _original_name(name: str) -> str:
 
 def _check_fit(state: Mapping[str, Tensor], model: S3N) -> None:
     """Compare names, shapes and values with those of the original network of the model's depth and classes."""
-    added = ("beta_", "partition_warm", "kernel")
+    added = ("beta.", "partition_warm", "kernel")
     expected = {_original_name(name): x for name, x in model.state_dict().items() if not name.startswith(added)}
     classifier = expected["raw_classifier.weight"]
     expected |= {

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PARTITION_MODES = ("probability", "random", "all", "extreme", "expected")
+PEAK_FLOORS = ("mean", "none")
 
 
-def find_peaks(response: Tensor, window: int = 3, floor: str = "mean") -> Tensor:
+def find_peaks(response: Tensor, window: int = 3, peak_floor: str = "mean") -> Tensor:
     """Find the local maxima T of a response (section 3.2).
 
     A peak is the maximum of the `window`×`window` cells around it; of equal values in one window only the first in
@@ -16,13 +17,13 @@ def find_peaks(response: Tensor, window: int = 3, floor: str = "mean") -> Tensor
     Args:
         response: B×G×G response; its scale does not matter.
         window: side of the window in cells, odd.
-        floor: `"mean"` also demands that a peak be no lower than the mean of its response, `"none"` does not.
+        peak_floor: `"mean"` also demands that a peak be no lower than the mean of its response, `"none"` does not.
 
     Returns:
         B×G×G boolean mask.
 
     Raises:
-        ValueError: `response` is not B×G×G or has no cell, `window` is even, or `floor` is unknown.
+        ValueError: `response` is not B×G×G or has no cell, `window` is even, or `peak_floor` is unknown.
 
     Example:
         >>> response = torch.zeros(1, 5, 5)
@@ -34,14 +35,14 @@ def find_peaks(response: Tensor, window: int = 3, floor: str = "mean") -> Tensor
         raise ValueError(f"response must be B×G×G with at least one cell, got {tuple(response.shape)}.")
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be a positive odd number of cells, got {window}.")
-    if floor not in ("mean", "none"):
-        raise ValueError(f"floor must be 'mean' or 'none', got {floor!r}.")
+    if peak_floor not in PEAK_FLOORS:
+        raise ValueError(f"peak_floor must be one of {', '.join(PEAK_FLOORS)}, got {peak_floor!r}.")
     rows, columns = response.shape[1:]
     # comparing the pooled index, not the pooled value, keeps one cell of a plateau instead of all
     index = F.max_pool2d(response[:, None], window, stride=1, padding=window // 2, return_indices=True)[1][:, 0]
     position = torch.arange(rows * columns, device=response.device).view(rows, columns)
     peaks = (index == position) & (response.amax((1, 2), keepdim=True) > response.amin((1, 2), keepdim=True))
-    return peaks & (response >= response.mean((1, 2), keepdim=True)) if floor == "mean" else peaks
+    return peaks & (response >= response.mean((1, 2), keepdim=True)) if peak_floor == "mean" else peaks
 
 
 def partition_peaks(

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_model_args, register_model
 from torch import Tensor, nn
 
+from .config import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, OPTIONS, check_count
 from .heads import Backbone
 from .hub.download import verified_cfg
-from .model import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, S3N, check_count
+from .model import S3N
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def _backbone_cfg(backbone: str) -> PretrainedCfg:
         cfg,
         url=None if cfg.hf_hub_id else cfg.url,
         first_conv=prefix(cfg.first_conv),
-        classifier=(*prefix(cfg.classifier), "classifier_discriminative", "classifier_complementary", "fusion"),
+        classifier=(*prefix(cfg.classifier), "classifier.discriminative", "classifier.complementary", "fusion"),
         architecture=None,
         tag=None,
     )
@@ -171,7 +172,7 @@ def check_values(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 def _load_backbone(state_dict: dict[str, Tensor], model: S3N) -> dict[str, Tensor]:
     """Let timm load plain backbone weights into a twin of the backbone, strictly: it knows each family's remapping."""
     cfg = model.pretrained_cfg
-    name = model.config["backbone"]
+    name = model.config.backbone
     if name is None:
         return state_dict
     args = get_model_args(model.backbone)
@@ -193,7 +194,7 @@ _TIMM_ARGUMENTS = {
     "out_indices",
     "feature_cls",
 }
-_ARGUMENTS = (set(inspect.signature(S3N).parameters) | _TIMM_ARGUMENTS) - {"args", "kwargs"}
+_ARGUMENTS = (set(inspect.signature(S3N).parameters) | set(OPTIONS) | _TIMM_ARGUMENTS) - {"options"}
 
 
 def _check_cfg(cfg: Mapping[str, Any]) -> None:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+GATES = ("paper", "renormalised")
+
 
 def class_response_maps(features: Tensor, classifier: nn.Linear | nn.Conv2d | Tensor) -> Tensor:
     """Project features on the classifier's weights at every position: M_c = sum_d W[d, c] S_d + b_c (eq. 1).
@@ -68,8 +70,8 @@ def gate_weights(scores: Tensor, threshold: float = 0.2, topk: int = 5, gate: st
         raise ValueError(f"scores must be B×C with at least one class, got {tuple(scores.shape)}.")
     if topk < 1:
         raise ValueError(f"topk must be at least 1, got {topk}.")
-    if gate not in ("paper", "renormalised"):
-        raise ValueError(f"gate must be 'paper' or 'renormalised', got {gate!r}.")
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}.")
     scores = scores.float()
     top, index = scores.softmax(dim=1).topk(min(topk, scores.shape[1]), dim=1)
     p = top / top.sum(dim=1, keepdim=True) if gate == "renormalised" else top
@@ -105,6 +107,49 @@ def gate_response(
     if maps.ndim != 4 or maps.shape[:2] != scores.shape:
         raise ValueError(f"maps must be B×C×h×w for B×C scores, got {tuple(maps.shape)} and {tuple(scores.shape)}.")
     return torch.einsum("bc,bchw->bhw", gate_weights(scores, threshold, topk, gate), maps.float())
+
+
+def project_response(
+        features: Tensor,
+        weight: Tensor,
+        scores: Tensor,
+        threshold: float = 0.2,
+        topk: int = 5,
+        gate: str = "paper",
+) -> Tensor:
+    """The gated response of features without their class response maps (eq. 1 to 3 in one step).
+
+    A sum of maps is the projection on the sum of the classes' weights, so that the C maps are never built. It equals
+    `gate_response(class_response_maps(features, weight), scores, …)`: a bias adds a constant, which section 3's
+    normalisation removes.
+
+    Args:
+        features: B×D×h×w feature maps S.
+        weight: C×D weight of the linear classifier.
+        scores: B×C class scores.
+        threshold: δ, in nats.
+        topk: how many classes count where the network is unsure.
+        gate: see `gate_weights`.
+
+    Returns:
+        B×h×w response, float32.
+
+    Raises:
+        ValueError: shapes don't agree, or `gate` is unknown.
+
+    Example:
+        >>> features, weight, scores = torch.rand(2, 8, 7, 7), torch.rand(3, 8), torch.rand(2, 3)
+        >>> merged = gate_response(class_response_maps(features, weight), scores)
+        >>> torch.allclose(project_response(features, weight, scores), merged, atol=1e-5)
+        True
+    """
+    if features.ndim != 4 or weight.shape != (scores.shape[-1], features.shape[1]):
+        raise ValueError(
+            f"features must be B×D×h×w, weight C×D and scores B×C, got {tuple(features.shape)}, "
+            f"{tuple(weight.shape)} and {tuple(scores.shape)}."
+        )
+    rows = gate_weights(scores, threshold, topk, gate) @ weight.float()
+    return torch.einsum("bd,bdhw->bhw", rows, features.float())
 
 
 def resize_maps(maps: Tensor, grid_size: tuple[int, int]) -> Tensor:

@@ -8,36 +8,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import sampling_map
+from .attention import COMPLEMENTS, complementary_map, sampling_map
 from .multiscale import zoom
 from .peaks import find_peaks, partition_peaks
 from .response import gate_response, normalize_response, resize_maps
 
 BRANCHES = ("discriminative", "complementary")
 ATTENTIONS = ("sparse", "response", "saliency")
+BORDERS = ("replicate", "reflect")
+ERASED = 0.2  # radius of the place that complement="erase" blanks, of the grid's side
 
 
-def _axis_filters(cells: int, fwhm: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _axis_filters(cells: int, fwhm: float, border: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Write one axis of k ∗ Q and of k ∗ (Q·(u - u_i)) as matrices that act on the unpadded cells.
 
-    Replicating the border and cutting k are both linear, so the padding folds into the matrix: column c gathers
-    every padded cell whose value is a copy of cell c. The offset from each cell's own coordinate u_i, not u itself,
+    Padding and cutting k are both linear, so the padding folds into the matrix: column c gathers every padded cell
+    whose value is a copy of cell c. The offset from each cell's own coordinate u_i, not u itself,
     is filtered because it keeps float32 exact where the map is uniform.
     """
     cell = torch.arange(cells, device=device)
     padded = torch.arange(1 - cells, 2 * cells - 1, device=device)
     offset = (padded[None, :] - cell[:, None]).float()
     kernel = torch.exp(offset.square() * (-4 * math.log(2) / fwhm**2)) * (offset.abs() < cells)
-    source = (padded.clamp(0, cells - 1)[:, None] == cell[None, :]).float()
+    copied = padded.clamp(0, cells - 1) if border == "replicate" else cells - 1 - (cells - 1 - padded.abs()).abs()
+    source = (copied[:, None] == cell[None, :]).float()
     return kernel @ source, (kernel * offset / (cells - 1)) @ source
 
 
 def _interpolation(cells: int, size: int, device: torch.device) -> Tensor:
     """Linear interpolation from cells to pixels with aligned corners, as a size×cells matrix."""
-    return F.interpolate(torch.eye(cells, device=device)[None], size=size, mode="linear", align_corners=True)[0].T
+    one_hot = torch.eye(cells, device=device, dtype=torch.float32)[None]
+    return F.interpolate(one_hot, size=size, mode="linear", align_corners=True)[0].T
 
 
-def _filter_dense(sampling_map: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gaussian_kernel(grid: tuple[int, int], fwhm: float) -> Tensor:
+    """The kernel k = exp(-4 ln 2 · d² / F²) of section 6, cut at ±(G - 1) cells.
+
+    Args:
+        grid: (rows, columns) of the sampling grid.
+        fwhm: F in cells.
+
+    Returns:
+        (2·rows - 1)×(2·columns - 1), 1 in the middle.
+    """
+    y, x = (torch.arange(1 - cells, cells, dtype=torch.float32).square() for cells in grid)
+    return torch.exp((y[:, None] + x) * (-4 * math.log(2) / fwhm**2))
+
+
+def _filter_dense(sampling_map: Tensor, kernel: Tensor, border: str) -> tuple[Tensor, Tensor, Tensor]:
     """k ∗ Q, k ∗ (Q·(u - u_i)) and k ∗ (Q·(v - v_i)) for a kernel that is not separable, by plain convolution."""
     rows, columns = sampling_map.shape[1:]
     if kernel.shape != (2 * rows - 1, 2 * columns - 1):
@@ -45,10 +63,10 @@ def _filter_dense(sampling_map: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor,
             f"kernel must be {2 * rows - 1}×{2 * columns - 1} for a {rows}×{columns} grid, got {tuple(kernel.shape)}."
         )
     device = sampling_map.device
-    du = torch.arange(1 - columns, columns, device=device) / (columns - 1)
-    dv = torch.arange(1 - rows, rows, device=device) / (rows - 1)
+    du = torch.arange(1 - columns, columns, device=device, dtype=torch.float32) / (columns - 1)
+    dv = torch.arange(1 - rows, rows, device=device, dtype=torch.float32) / (rows - 1)
     kernels = torch.stack([kernel, kernel * du, kernel * dv[:, None]])[:, None].float()
-    padded = F.pad(sampling_map[:, None], (columns - 1, columns - 1, rows - 1, rows - 1), mode="replicate")
+    padded = F.pad(sampling_map[:, None], (columns - 1, columns - 1, rows - 1, rows - 1), mode=border)
     mass, shift_x, shift_y = F.conv2d(padded, kernels).unbind(1)
     return mass, shift_x, shift_y
 
@@ -58,6 +76,7 @@ def warp_grid(
         size: Sequence[int],
         fwhm: float = 13,
         kernel: Tensor | None = None,
+        border: str = "replicate",
 ) -> Tensor:
     """Turn a sampling map into the grid that a warped image is read from (eq. 8).
 
@@ -69,13 +88,15 @@ def warp_grid(
         size: (H, W) of the warped image in pixels.
         fwhm: F, full width at half maximum of the Gaussian k in cells.
         kernel: a (2G-1)×(2G-1) kernel to use in place of the Gaussian.
+        border: `"replicate"` pads by the border as in the paper, and attention near it pushes the border out of the
+            image; `"reflect"` mirrors the map, so that border pixels stay on the border and nothing is cropped.
 
     Returns:
         B×H×W×2 grid of (x, y) in [-1, 1], the corners' centres at ±1.
 
     Raises:
         ValueError: `sampling_map` is not B×G×G with G >= 2, `size` has no pixel, `fwhm` is not positive and finite,
-            or `kernel` does not fit the map.
+            `kernel` does not fit the map, or `border` is unknown.
 
     Example:
         >>> uniform = warp_grid(torch.ones(1, 31, 31), size=(5, 5))
@@ -88,18 +109,20 @@ def warp_grid(
         raise ValueError(f"size must be (H, W) of at least one pixel a side, got {tuple(size)}.")
     if not 0 < fwhm < math.inf:
         raise ValueError(f"fwhm must be positive and finite, got {fwhm}.")
+    if border not in BORDERS:
+        raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {border!r}.")
     q = sampling_map.float()
     rows, columns = q.shape[1:]
     if kernel is None:
-        mass_x, shift_x = _axis_filters(columns, fwhm, q.device)
-        mass_y, shift_y = _axis_filters(rows, fwhm, q.device)
+        mass_x, shift_x = _axis_filters(columns, fwhm, border, q.device)
+        mass_y, shift_y = _axis_filters(rows, fwhm, border, q.device)
         filtered_y = mass_y @ q
         mass = filtered_y @ mass_x.T
         f, g = filtered_y @ shift_x.T, shift_y @ q @ mass_x.T
     else:
-        mass, f, g = _filter_dense(q, kernel)
-    x = torch.linspace(-1, 1, columns, device=q.device)
-    y = torch.linspace(-1, 1, rows, device=q.device)[:, None]
+        mass, f, g = _filter_dense(q, kernel, border)
+    x = torch.linspace(-1, 1, columns, device=q.device, dtype=torch.float32)
+    y = torch.linspace(-1, 1, rows, device=q.device, dtype=torch.float32)[:, None]
     grid = torch.stack([x + 2 * f / mass, y + 2 * g / mass], dim=1).clamp(-1, 1)
     # bilinear with aligned corners, as two products: forward and backward are faster so than F.interpolate
     to_rows, to_columns = (_interpolation(*sides, q.device) for sides in zip(q.shape[1:], size))
@@ -168,6 +191,8 @@ def sample_response(
         floor: float = 0.09,
         fwhm: float = 13,
         kernel: Tensor | None = None,
+        border: str = "replicate",
+        complement: str = "peaks",
         size: Sequence[int] | None = None,
         branches: Sequence[str] = BRANCHES,
         generator: torch.Generator | None = None,
@@ -179,18 +204,19 @@ def sample_response(
         response: B×h×w response of `gate_response`, or the saliency to sample by.
         attention: `"sparse"`: Gaussians around peaks; `"response"`: Q = floor + R, dense; `"saliency"`: Q = floor +
             the response as it is, not normalised and with its gradient, no peaks.
+        complement: what the complementary image shows: `"peaks"`: magnified weak peaks, as in the paper; `"shrink"`:
+            all but the strongest peak, by `complementary_map`; `"erase"`: the image with the place of the strongest
+            peak blank (0, the mean color), not warped. For sparse attention.
         size: (H', W') of the warped images, read by `zoom`; the image's own, read by `resample`, if left out.
 
     The other arguments, the result and the errors are those of `selective_sample`.
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}.")
-    if peak_floor not in ("mean", "none"):
-        raise ValueError(f"peak_floor must be 'mean' or 'none', got {peak_floor!r}.")
+    if complement not in COMPLEMENTS:
+        raise ValueError(f"complement must be one of {', '.join(COMPLEMENTS)}, got {complement!r}.")
     if isinstance(branches, str) or not set(branches) <= set(BRANCHES):
         raise ValueError(f"branches must be a sequence of {' and '.join(BRANCHES)}, got {branches!r}.")
-    if not (0 < floor < math.inf and 0 < fwhm < math.inf):
-        raise ValueError(f"floor and fwhm must be positive and finite, got {floor} and {fwhm}.")
     grid_size = as_grid(grid_size)
     samples: dict[str, BranchSample] = {}
     with torch.autocast(image.device.type, enabled=False):
@@ -205,18 +231,29 @@ def sample_response(
         else:
             peaks = torch.zeros_like(response, dtype=torch.bool)
             weights = {}
+            if complement != "peaks":
+                weights["complementary"] = partition_peaks(response, peaks, "extreme")[0]
         betas = {"discriminative": beta_discriminative, "complementary": beta_complementary}
         for branch in branches:
-            if attention == "sparse":
+            source, of_branch = image, weights.get(branch)
+            if of_branch is None:
+                q = floor + (response if saliency is None else saliency)
+            elif branch == "complementary" and complement == "erase":
+                # a Gaussian has fallen to a half at 1 / 1.2 of its width
+                near = complementary_map(response, of_branch, 1.2 * ERASED * math.prod(grid_size) ** 0.5, floor)
+                kept = resize_maps((near - floor)[:, None], image.shape[-2:]) > 0.5
+                source, q = image * kept, torch.ones_like(response)
+            else:
                 beta = betas[branch]
                 if beta is None:
                     raise ValueError(f"beta_{branch} is missing: the {branch} branch needs it for sparse attention.")
-                q = sampling_map(response, weights[branch], beta, branch, floor)
-            else:
-                q = floor + (response if saliency is None else saliency)
-            grid = warp_grid(q, size or image.shape[-2:], fwhm, kernel)
-            warped = zoom(image, grid) if size else resample(image, grid)
-            samples[branch] = BranchSample(warped, grid, q, weights.get(branch))
+                if branch == "complementary" and complement == "shrink":
+                    q = complementary_map(response, of_branch, beta, floor)
+                else:
+                    q = sampling_map(response, of_branch, beta, branch, floor)
+            grid = warp_grid(q, size or image.shape[-2:], fwhm, kernel, border)
+            warped = zoom(source, grid) if size else resample(source, grid)
+            samples[branch] = BranchSample(warped, grid, q, of_branch)
     return SelectiveSample(response, peaks, *(samples.get(branch) for branch in BRANCHES))
 
 
@@ -250,8 +287,8 @@ def selective_sample(
         topk: classes that count in the gate.
         gate: `"paper"` or `"renormalised"`, see `gate_weights`.
         grid_size: G, or (rows, columns) for images that are not square.
-        **options: of `sample_response`: `attention`, `window`, `peak_floor`, `floor`, `fwhm`, `kernel`, `size`,
-            `branches` and `generator`.
+        **options: of `sample_response`: `attention`, `window`, `peak_floor`, `floor`, `fwhm`, `kernel`, `border`,
+            `complement`, `size`, `branches` and `generator`.
 
     Returns:
         A `SelectiveSample`.

@@ -405,7 +405,7 @@ def test_several_weights_are_a_strip(draw_files, weights, monkeypatch, tmp_path)
     draw = visualize.draw_epochs
     monkeypatch.setattr(visualize, "draw_epochs", lambda *args: calls.append(args) or draw(*args))
     assert draw_files(*birds, "--max-images", 2, "--weights", *folders) == ["0.png", "1.png"]
-    assert [model.beta_discriminative.item() for model in calls[0][0]] == [2, 3, 4]
+    assert [model.beta["discriminative"].item() for model in calls[0][0]] == [2, 3, 4]
     assert calls[0][1] == ["epoch-1", "epoch-2", "epoch-10"]
     assert "strip.png" in draw_files(*birds, "--sheet", "--weights", *folders)
     assert len(calls[-1][2]) == 3

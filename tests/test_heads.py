@@ -11,14 +11,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from s3n_timm.heads import (
-    NoResponseMap,
-    backbone_response_maps,
-    features_from_map,
-    features_to_map,
-    hidden_maps,
-    inspect_head,
-)
+from s3n_timm.heads import NoResponseMap, inspect_head
 from s3n_timm.registry import VARIANTS
 
 CLASSES = 5
@@ -225,7 +218,7 @@ def case(request):
     features = features + torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
     for path in head.modules:
         randomise(model.get_submodule(path))
-    return Case(row, model, head, features, features_to_map(features, head, x.shape[-2:]))
+    return Case(row, model, head, features, head.to_map(features, x.shape[-2:]))
 
 
 def test_every_family_is_in_the_table():
@@ -261,7 +254,7 @@ def test_kind_of_head(case):
 def test_maps_average_to_logits(case):
     with torch.no_grad():
         logits = case.model.forward_head(case.features)
-        maps = backbone_response_maps(case.model, case.head, case.maps)
+        maps = case.head.response_maps(case.model, case.maps)
     assert maps.shape == (2, CLASSES, *case.maps.shape[2:])
     assert maps.isfinite().all()
     assert maps.flatten(2).std(2).min() > 0, "a map is constant"
@@ -273,7 +266,7 @@ def test_maps_average_to_logits(case):
 def test_hidden_maps_average_to_pre_logits(case):
     with torch.no_grad():
         pooled = case.model.forward_head(case.features, pre_logits=True)
-        maps = hidden_maps(case.model, case.head, case.maps)
+        maps = case.head.hidden_maps(case.model, case.maps)
     assert maps.shape == (2, case.head.hidden_width, *case.maps.shape[2:])
     assert pooled.shape == (2, case.head.hidden_width)
     if case.head.exact:
@@ -283,7 +276,7 @@ def test_hidden_maps_average_to_pre_logits(case):
 def test_maps_go_back_to_features(case):
     with torch.no_grad():
         expected = case.model.forward_head(case.features)
-        logits = case.model.forward_head(features_from_map(case.maps, case.head))
+        logits = case.model.forward_head(case.head.from_map(case.maps))
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -295,9 +288,9 @@ def test_maps_change_no_state(case):
         flags = {name: module.training for name, module in model.named_modules()}
         state = {name: value.clone() for name, value in model.state_dict().items()}
         with torch.no_grad():
-            maps = backbone_response_maps(model, case.head, case.maps)
+            maps = case.head.response_maps(model, case.maps)
             if case.head.reads_hidden:
-                hidden_maps(model, case.head, case.maps)
+                case.head.hidden_maps(model, case.maps)
             inspect_head(model)
         assert {name: module.training for name, module in model.named_modules()} == flags, "a training flag changed"
         changed = [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])]
@@ -313,10 +306,10 @@ def test_order_of_positions(case):
     """timm's own reshaping of the last level to NCHW is the map: both read tokens in the same order."""
     x = image(case.model)
     if case.head.layout == "NCHW":
-        assert features_to_map(case.features, case.head, x.shape[-2:]) is case.features
+        assert case.head.to_map(case.features, x.shape[-2:]) is case.features
         return
     with torch.no_grad():
-        maps = features_to_map(case.model.forward_features(x), case.head, x.shape[-2:])
+        maps = case.head.to_map(case.model.forward_features(x), x.shape[-2:])
     levels = last_levels(case.model, x)
     assert any(torch.equal(level, maps) for level in levels), "tokens are read in another order than timm's"
 
@@ -348,9 +341,9 @@ def test_inputs_that_are_not_square(key, turned):
         randomise(model.get_submodule(path))
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        features = features_to_map(model.forward_features(x), head, size)
+        features = head.to_map(model.forward_features(x), size)
         levels = last_levels(model, x)
-        maps = backbone_response_maps(model, head, features)
+        maps = head.response_maps(model, features)
         logits = model(x)
     assert any(torch.equal(level, features) for level in levels), "tokens are read in another order than timm's"
     assert (features.shape[2] < features.shape[3]) is not turned, "the map lies the other way than the image"
@@ -366,13 +359,13 @@ def test_grid_of_inputs_that_patches_do_not_fill(size, cells, turned):
     size, cells = (size[::-1], cells[::-1]) if turned else (size, cells)
     head = inspect_head(build(ROWS["vision_transformer_relpos"]))
     tokens = torch.zeros(1, cells[0] * cells[1], head.width)
-    assert features_to_map(tokens, head, size).shape[2:] == cells
+    assert head.to_map(tokens, size).shape[2:] == cells
 
 
 def test_tokens_that_fill_no_grid():
     model = build(ROWS["vit, patches pooled"])
     with pytest.raises(ValueError, match="5 tokens don't fill a grid of the shape of a 64×64 image"):
-        features_to_map(torch.zeros(1, 5 + 1, 96), inspect_head(model), (64, 64))
+        inspect_head(model).to_map(torch.zeros(1, 5 + 1, 96), (64, 64))
 
 
 @pytest.mark.parametrize("method", ["forward_features", "forward_head", "get_classifier", "reset_classifier"])

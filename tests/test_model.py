@@ -12,8 +12,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from s3n_timm import S3N, NoResponseMap, S3NLogits, S3NLoss, gate_response, selective_sample
-from s3n_timm.heads import backbone_response_maps
-from s3n_timm.model import ATTENTIONS, BRANCH_SETS, NECKS, PRESETS
+from s3n_timm.config import ATTENTIONS, BRANCH_SETS, NECKS, PRESETS
 from s3n_timm.response import resize_maps
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -268,7 +267,7 @@ def test_merged_response_is_that_of_the_full_maps(backbone, gate_scores, options
     with torch.no_grad():
         features = model.forward_features(x)
         logits = model.backbone(x)
-        maps = backbone_response_maps(model.backbone, model.head, features)
+        maps = model.head.response_maps(model.backbone, features)
         scores = resize_maps(maps, (9, 12)).mean((2, 3)) if gate_scores == "maps" else logits
         expected = gate_response(maps, scores, **options)
         response = model.merge_response(features, logits)

@@ -27,7 +27,7 @@ def cells(mask):
 def test_peaks_at_the_border_and_the_floor():
     # the mean is 0.122, so the last corner is a local maximum but too low
     assert cells(find_peaks(MAP[None])[0]) == [(0, 0), (0, 4), (2, 2), (4, 1)]
-    assert cells(find_peaks(MAP[None], floor="none")[0]) == [(0, 0), (0, 4), (2, 2), (4, 1), (4, 4)]
+    assert cells(find_peaks(MAP[None], peak_floor="none")[0]) == [(0, 0), (0, 4), (2, 2), (4, 1), (4, 4)]
 
 
 @pytest.mark.parametrize(("window", "count"), [(1, 25), (3, 5), (5, 1)])
@@ -51,7 +51,7 @@ def test_two_plateaus_in_one_window_keep_the_first_only():
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.7])
 @pytest.mark.parametrize("floor", ["mean", "none"])
 def test_a_constant_map_has_no_peak(value, floor):
-    assert not find_peaks(torch.full((2, 7, 5), value), floor=floor).any()
+    assert not find_peaks(torch.full((2, 7, 5), value), peak_floor=floor).any()
 
 
 def test_one_image_does_not_see_the_next():
@@ -154,7 +154,7 @@ def test_drawn_sets_have_the_right_mean(mode):
         (lambda: find_peaks(MAP[None], window=2), "window"),
         (lambda: find_peaks(MAP[None], window=0), "window"),
         (lambda: find_peaks(MAP[None], window=-1), "window"),
-        (lambda: find_peaks(MAP[None], floor="median"), "floor"),
+        (lambda: find_peaks(MAP[None], peak_floor="median"), "peak_floor"),
         (lambda: partition_peaks(MAP[None], MAP[None] > 0.2, "best"), "mode"),
         (lambda: partition_peaks(MAP[None], MAP > 0.2, "all"), "response and peaks"),
     ],

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import S3N, mean_answer
+from ..model import S3N
+from ..outputs import mean_answer
 from ..response import resize_maps
 from .geometry import Crop, transform_boxes, transform_points
 from .localisation import box_iou, largest_region_box, localisation_accuracy, localisation_maps
@@ -78,7 +79,7 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
     seen = model.explain(image) if isinstance(model, S3N) else None
     outputs = {"joint": model(image)} if seen is None else dict(seen.logits._asdict(), mean=mean_answer(seen.logits))
     outputs = {name: logits.float() for name, logits in outputs.items() if logits is not None}
-    answer = outputs[model.answer if isinstance(model, S3N) else "joint"]
+    answer = outputs[model.config.answer if isinstance(model, S3N) else "joint"]
     records = dict(index=batch["index"], label=label, logits=answer)
     for name, logits in dict(outputs, answer=answer).items():
         # a stable order makes the first the same as that of argmax where logits are equal
@@ -97,7 +98,7 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
     grids = {}
     if sample is not None:  # a warped image may have another size than the input, to whose pixels scales refer
         grids = {branch: _resize_grid(getattr(sample, branch).grid, size) for branch in model.warped}
-    peaks = None if sample is None or model.attention != "sparse" else sample.peaks
+    peaks = None if sample is None or model.config.attention != "sparse" else sample.peaks
     if peaks is not None:
         records["peaks"] = peaks.sum((1, 2))
     if "box" in batch:

@@ -1,4 +1,4 @@
-"""Statistics of answers: calibration, confusions, confidence intervals and the threshold of early exit.
+"""Statistics of predictions: calibration, confusions and confidence intervals.
 
 The calibration error needs torchmetrics and an interval scipy, each imported where it is used.
 """
@@ -221,50 +221,3 @@ def bootstrap_difference(
         left, images = left - drawn, images - of_gain
     low, high = (total / (runs * count)).quantile(total.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
     return low, high
-
-
-# early exit
-
-
-def choose_exit_entropy(
-        entropy: Tensor,
-        correct_original: Tensor,
-        correct_joint: Tensor,
-        max_loss: float = 0.003,
-) -> tuple[float, float]:
-    """The largest threshold of `s3n_timm.early_exit.predict` that costs at most so much accuracy, on validation images.
-
-    Args:
-        entropy: N entropies of the original branch's probabilities, in nats.
-        correct_original: N booleans: the original branch's answer is right.
-        correct_joint: N booleans: the answer of all branches is right.
-        max_loss: accuracy that may be lost against asking all branches about every image, in [0, 1].
-
-    Returns:
-        τ in nats, and the share of the images that lies below it and so exits.
-
-    Raises:
-        ValueError: the lengths differ or are 0, or an entropy is not finite.
-
-    Example:
-        >>> entropy = torch.tensor([0.1, 0.2, 0.9, 1.5])
-        >>> original, joint = torch.tensor([True, True, True, False]), torch.tensor([True, True, True, True])
-        >>> threshold, exits = choose_exit_entropy(entropy, original, joint)
-        >>> f"{threshold:.2f} nats, {exits:.0%} exit"
-        '1.20 nats, 75% exit'
-    """
-    if not (entropy.shape == correct_original.shape == correct_joint.shape) or entropy.ndim != 1 or not len(entropy):
-        raise ValueError("entropy, correct_original and correct_joint must be of one length, and not empty.")
-    if not entropy.isfinite().all():
-        raise ValueError("entropy must be finite.")
-    values, order = entropy.double().sort()
-    changes = (correct_original[order].long() - correct_joint[order].long()).cumsum(0)
-    # images of one entropy exit together
-    last_of_equals = torch.cat([values[1:] > values[:-1], values.new_ones(1, dtype=torch.bool)])
-    allowed = (changes >= -max_loss * len(values)) & last_of_equals
-    if not allowed.any():
-        return 0.0, 0.0
-    most = int(allowed.nonzero()[-1])
-    # half way to the next image, or past the last one
-    threshold = (values[most] + values[most + 1]) / 2 if most + 1 < len(values) else values[most] + 1e-6
-    return float(threshold), (most + 1) / len(values)

@@ -186,7 +186,7 @@ def _what_it_is(model: nn.Module) -> str:
         return f"`{_architecture(model)}` of timm, an image classifier, trained with s3n_timm as a plain baseline."
     return (
         f"A Selective Sparse Sampling Network (S3N, [Ding et al., ICCV 2019]({PAPER})) for fine-grained image "
-        f"classification on the timm backbone `{model.config['backbone']}`. The local maxima of the backbone's class "
+        f"classification on the timm backbone `{model.config.backbone}`. The local maxima of the backbone's class "
         "response maps say where the evidence is; the image is warped around them, the same backbone reads the warped "
         "images too, and a fusion layer decides on the joined features. Made with s3n_timm, an independent "
         "implementation, not the authors' own."
@@ -200,11 +200,11 @@ def _model_table(model: nn.Module, config: Mapping[str, Any], label_names: Seque
     if isinstance(model, S3N):
         passes = 1 + len(model.warped)
         rows += [
-            ("backbone", f"`{model.config['backbone']}`"),
-            ("branches", f"{model.branches}, {passes} backbone pass{'es' * (passes > 1)}"),
-            ("attention", model.attention),
-            ("preset", model.config["preset"]),
-            ("partition of peaks in eval mode", model.partition_eval),
+            ("backbone", f"`{model.config.backbone}`"),
+            ("branches", f"{model.config.branches}, {passes} backbone pass{'es' * (passes > 1)}"),
+            ("attention", model.config.attention),
+            ("preset", model.config.preset),
+            ("partition of peaks in eval mode", model.config.partition_eval),
         ]
     names = "named in `config.json`" if label_names else "without names"
     rows += [

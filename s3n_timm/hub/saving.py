@@ -56,7 +56,7 @@ def save(
             the card can't be written from what it is given. Nothing is written then.
         OSError: a file can't be read or written.
     """
-    args = model.config if isinstance(model, S3N) else get_model_args(model)
+    args = model.config.to_dict() if isinstance(model, S3N) else get_model_args(model)
     if args.get("backbone", "") is None:
         raise ValueError("This model's backbone is not one of timm's by name, so config.json could not rebuild it.")
     if label_names is not None and len(label_names) != model.num_classes:

@@ -1,11 +1,10 @@
-"""Predictions in batches, of which the sure images leave early."""
+"""Early exit: confident images are answered by the original branch alone."""
 
 import pytest
 import torch
 
 from s3n_timm import S3N
-from s3n_timm.early_exit import predict
-from s3n_timm.evaluation import choose_exit_entropy
+from s3n_timm.early_exit import answer_batch, choose_exit_entropy
 
 CLASSES = 7
 
@@ -36,12 +35,13 @@ def test_without_exit_it_is_the_forward(answer):
     model, images = build(answer=answer), batches(4, 4, 2)
     with torch.no_grad():
         expected = [model(x).softmax(1) for x in images]
-    for prediction, rows in zip(predict(model, images), expected, strict=True):
+    for x, rows in zip(images, expected, strict=True):
+        prediction = answer_batch(model, x)
         torch.testing.assert_close(prediction.probabilities, rows)
         assert not prediction.exited.any()
 
 
-def test_sure_images_are_answered_by_the_original_branch():
+def test_confident_images_are_answered_by_the_original_branch():
     model, images = build(), batches(4, 4, 3)
     everything = torch.cat(images)
     with torch.no_grad():
@@ -52,35 +52,22 @@ def test_sure_images_are_answered_by_the_original_branch():
     threshold = entropy.sort().values[4:6].mean().item()  # of no image itself, which rounding could move
     expected = torch.where((entropy < threshold)[:, None], own, outputs.joint.softmax(1))
     sizes = count_reads(model)
-    found = list(predict(model, images, exit_entropy=threshold))
+    found = [answer_batch(model, x, threshold) for x in images]
     assert [len(each.probabilities) for each in found] == [4, 4, 3]
     torch.testing.assert_close(torch.cat([each.probabilities for each in found]), expected)
     torch.testing.assert_close(torch.cat([each.entropy for each in found]), entropy)
     assert torch.cat([each.exited for each in found]).sum() == (entropy < threshold).sum() == 5
-    # the rest of all batches is read together: four images, then two, each warped twice
-    assert [size for size, branches in sizes if "original" not in branches] == [8, 4]
+    # one pass for every image, two warps for those that did not exit
+    assert sum(sizes) == 11 + 2 * 6
 
 
 @pytest.mark.parametrize(("threshold", "warped"), [(0.0, 11), (10.0, 0)])
 def test_extremes(threshold, warped):
     model, images = build(), batches(4, 4, 3)
     sizes = count_reads(model)
-    found = list(predict(model, images, exit_entropy=threshold))
-    assert sum(size for size, branches in sizes if "original" not in branches) == 2 * warped
+    found = [answer_batch(model, x, threshold) for x in images]
+    assert sum(sizes) == 11 + 2 * warped
     assert sum(int((~each.exited).sum()) for each in found) == warped
-
-
-def test_answers_come_while_later_batches_are_not_read():
-    model = build()
-    taken = []
-
-    def source():
-        for x in batches(2, 2, 2):
-            taken.append(len(x))
-            yield x
-
-    next(predict(model, source()))
-    assert taken == [2]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +80,7 @@ def test_answers_come_while_later_batches_are_not_read():
 )
 def test_models_that_cannot_predict(model, sentence):
     with pytest.raises(ValueError, match=sentence):
-        next(predict(model(), batches(2)))
+        answer_batch(model(), *batches(2))
 
 
 # the threshold
