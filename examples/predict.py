@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import s3n_timm
 from s3n_timm.data import load_repository, read_stored
-from s3n_timm.evaluation import magnified_boxes
+from s3n_timm.evaluation import Crop, magnified_boxes
 from s3n_timm.images import expand_path, find_images, printable
 
 WRITERS = dict(parquet="to_parquet", csv="to_csv", jsonl="to_json")
@@ -131,8 +131,8 @@ def predict_batch(classifier: s3n_timm.Classifier, images: list[Any], device: to
         answer = model.decide(logits)
         if sample is not None:
             sizes = torch.tensor([[image.height, image.width] for image in images], device=device)
-            geometry = (sizes, config["input_size"][1:], config["crop_pct"], config["crop_mode"])
-            boxes = {branch: magnified_boxes(getattr(sample, branch).grid, *geometry) for branch in model.warped}
+            crop = Crop.from_config(config)
+            boxes = {branch: magnified_boxes(getattr(sample, branch).grid, sizes, crop) for branch in model.warped}
             peaks = sample.peaks.sum((1, 2)).tolist() if model.attention == "sparse" else None
     else:
         answer = model(x)
