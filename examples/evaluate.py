@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 import s3n_timm
 from s3n_timm.config import ANSWERS
-from s3n_timm.data import load, part_names
+from s3n_timm.data import load, part_names, read_stored, store_images
 from s3n_timm.early_exit import choose_exit_entropy
 from s3n_timm.evaluation import (
     CALIBRATION,
@@ -51,6 +51,7 @@ from s3n_timm.evaluation import (
     summarize,
 )
 from s3n_timm.hub import count_parameters
+from s3n_timm.images import image_mode
 from s3n_timm.peaks import PARTITION_MODES
 
 
@@ -216,16 +217,16 @@ def match_classes(dataset: datasets.Dataset, model: nn.Module, args: argparse.Na
 
 
 class TransformRows:
-    """Rows of a data set as the model reads them, with their annotations as stored and what carries them along.
+    """Rows of `store_images` as the model reads them, with their annotations as stored and what carries them along.
 
     A class and no closure, so that workers started by spawn or forkserver can receive it.
     """
 
-    def __init__(self, transform: Callable[[Any], Tensor], classes: Sequence[int]) -> None:
-        self.transform, self.classes = transform, classes
+    def __init__(self, transform: Callable[[Any], Tensor], classes: Sequence[int], mode: str = "RGB") -> None:
+        self.transform, self.classes, self.mode = transform, classes, mode
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        images = [image.convert("RGB") for image in batch["image"]]
+        images = [read_stored(image, self.mode) for image in batch["image"]]
         rows: dict[str, list] = dict(index=batch["index"], label=[self.classes[label] for label in batch["label"]])
         rows["sizes"] = [torch.tensor([image.height, image.width]) for image in images]
         rows["image"] = [self.transform(image) for image in images]
@@ -236,11 +237,14 @@ class TransformRows:
         return rows
 
 
-def create_loader(dataset: datasets.Dataset, transform: TransformRows, args: argparse.Namespace) -> DataLoader:
+def create_loader(
+        dataset: datasets.Dataset, transform: TransformRows, args: argparse.Namespace, pin_memory: bool = False,
+) -> DataLoader:
     """Transformed images in order, with their annotations."""
     annotated = [name for name in ("box", "parts") if name in dataset.features]
     dataset = dataset.select_columns(["image", "label", *annotated]).add_column("index", list(range(len(dataset))))
-    return DataLoader(dataset.with_transform(transform), batch_size=args.batch_size, num_workers=args.workers)
+    rows = store_images(dataset).with_transform(transform)
+    return DataLoader(rows, batch_size=args.batch_size, num_workers=args.workers, pin_memory=pin_memory)
 
 
 # measuring
@@ -370,11 +374,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             data_config = resolve_data_config(overrides, model=model)
             dataset = load_data(args, model, data_config)
         names, classes = match_classes(dataset, model, args)
+        rows = TransformRows(create_transform(**data_config), classes, image_mode(data_config["input_size"][0]))
         args.output.mkdir(parents=True, exist_ok=True)
     if classes != list(range(len(classes))):
         accelerator.print("The data set has the model's classes in another order: they are matched by name.")
-    rows = TransformRows(create_transform(**data_config), classes)
-    loader = accelerator.prepare(create_loader(dataset, rows, args))
+    loader = accelerator.prepare(create_loader(dataset, rows, args, accelerator.device.type == "cuda"))
 
     started = time.monotonic()
     records = measure(model.to(accelerator.device), loader, Crop.from_config(data_config), args, accelerator)

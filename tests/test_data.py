@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import datasets
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -181,6 +182,17 @@ def test_loaders_can_be_sent_to_workers_that_are_not_forked(numbered, accelerato
         ours, theirs = ([take(batch) for batch in create_eval_loader(split, squash, each, accelerator)]
                         for each in (args, inside))
         assert ours == theirs
+
+
+def test_evaluate_can_send_its_rows_to_workers_that_are_not_forked(accelerator, forkserver):
+    birds = drawn_birds("test", 6, 3, 64)
+    rows = evaluate.TransformRows(create_transform(32), [2, 0, 1])
+    ours, theirs = (list(accelerator.prepare(evaluate.create_loader(birds, rows, loader_args(workers=workers))))
+                    for workers in (1, 0))
+    assert [batch["label"].tolist() for batch in ours] == [[2, 0], [1, 2], [0, 1]]
+    for left, right in zip(ours, theirs, strict=True):
+        assert left.keys() == right.keys() >= {"image", "label", "index", "sizes", "box", "parts"}
+        assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
