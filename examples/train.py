@@ -124,7 +124,7 @@ def group_parameters(model: nn.Module, args: argparse.Namespace) -> list[dict[st
         parts: dict[str, list[nn.Parameter]] = {}
         for parameter in group["params"]:
             name = names[parameter]
-            kind = "beta" if name.startswith("beta_") else "new" if name.startswith(new) else "backbone"
+            kind = "beta" if name.startswith("beta.") else "new" if name.startswith(new) else "backbone"
             parts.setdefault(kind, []).append(parameter)
         for kind, params in parts.items():
             decay = 0.0 if kind == "beta" else group["weight_decay"]
@@ -144,7 +144,7 @@ def seed_batch(args: argparse.Namespace, model: nn.Module, images: Tensor, updat
     set_seed(mix_seeds(args.seed, update))
     if isinstance(model, S3N) and model.partition in ("probability", "random"):
         for _ in range(part):
-            torch.rand(len(images), *model.sample_options["grid_size"], device=images.device)
+            torch.rand(len(images), *model.config.grid_size, device=images.device)
 
 
 def set_modes(run: Run, epoch: int) -> list[nn.Parameter]:

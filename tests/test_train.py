@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from scripts import EXAMPLES, command, largest_difference, run, weights
 
 import s3n_timm
+from s3n_timm.config import PRESETS
 
 from training import script, train  # isort: skip
 from accelerate import Accelerator
@@ -63,7 +64,7 @@ def test_answer_of_all_outputs_is_trained_chosen_and_kept(tmp_path):
     assert "mean" in json.loads((tmp_path / "run" / "results.json").read_text())["test_top1"]["best"]
     assert "mean" in text
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'best'}", pretrained=True)
-    assert model.answer == "mean"
+    assert model.config.answer == "mean"
     chosen = max(float(each["val_mean"]) for each in summary)
     best, last = weights(tmp_path / "run", "best"), weights(tmp_path / "run")
     is_last = all(torch.equal(best[name], last[name]) for name in best)
@@ -188,7 +189,7 @@ def test_plain_backbone_is_trained_as_a_baseline(tmp_path):
 
 def test_recipes_are_the_paper_s_and_the_original_s():
     for name in ("cub", "aircraft", "cars"):
-        for preset in s3n_timm.model.PRESETS:
+        for preset in PRESETS:
             args = parse_args(["--dataset", name, "--preset", preset])
             assert (args.backbone, args.img_size, args.batch_size, args.epochs) == ("resnet50", 448, 16, 60)
             assert (args.opt, args.momentum, args.weight_decay, args.lr) == ("sgd", 0.9, 1e-4, 0.01)

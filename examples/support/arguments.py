@@ -16,7 +16,8 @@ from support.files import LOCK
 from timm.optim import list_optimizers
 
 import s3n_timm
-from s3n_timm.model import ANSWERS, ATTENTIONS, BRANCH_SETS, PRESETS
+from s3n_timm.config import ANSWERS, BRANCH_SETS, PRESETS
+from s3n_timm.sampling import ATTENTIONS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

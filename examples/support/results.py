@@ -33,7 +33,7 @@ def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[st
     for batch in show_progress(loader, desc=desc, disable=not accelerator.is_main_process, leave=False):
         with accelerator.autocast():
             output = model(batch["image"])
-        known = output._asdict() | {bare.answer: bare.decide(output)} if isinstance(bare, S3N) else dict(joint=output)
+        known = output._asdict() | {bare.config.answer: bare.decide(output)} if isinstance(bare, S3N) else dict(joint=output)
         known = {name: logits for name, logits in known.items() if logits is not None}
         names = list(known)
         columns = [logits.argmax(1) == batch["label"] for logits in known.values()]
@@ -53,7 +53,7 @@ def export_backbone(run: Run, test: Any) -> dict[str, float] | None:
     None where the network has no O branch, or a signal stopped the evaluation.
     """
     best = timm.create_model(f"local-dir:{run.args.output / 'best'}", pretrained=True)
-    if not isinstance(best, S3N):
+    if not isinstance(best, S3N) or "O" not in best.config.branches:
         return None
     with replacing(run.args.output / "backbone", run.accelerator) as folder:
         if run.accelerator.is_main_process:
@@ -67,7 +67,7 @@ def export_backbone(run: Run, test: Any) -> dict[str, float] | None:
 def draw_picture(run: Run, test: Any, transform: Any) -> None:
     """Draw what the best weights see in the first test image."""
     model = timm.create_model(f"local-dir:{run.args.output / 'best'}", pretrained=True).eval()
-    if not isinstance(model, S3N) or model.attention == "none":
+    if not isinstance(model, S3N) or model.config.attention != "sparse" or not model.warped:
         return
     image = transform(next(iter(test))["image"].convert("RGB"))
     figure = draw_explanation(model, image, run.data_config["mean"], run.data_config["std"], run.names)
