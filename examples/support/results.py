@@ -33,7 +33,9 @@ def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[st
     for batch in show_progress(loader, desc=desc, disable=not accelerator.is_main_process, leave=False):
         with accelerator.autocast():
             output = model(batch["image"])
-        known = output._asdict() | {bare.config.answer: bare.decide(output)} if isinstance(bare, S3N) else dict(joint=output)
+        known = dict(joint=output)
+        if isinstance(bare, S3N):
+            known = output._asdict() | {bare.config.answer: bare.decide(output)}
         known = {name: logits for name, logits in known.items() if logits is not None}
         names = list(known)
         columns = [logits.argmax(1) == batch["label"] for logits in known.values()]
