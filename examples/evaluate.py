@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 from support.files import replace_text, replacing_file
-from support.launching import exiting_on, start_all_processes, use_cpu_threads
+from support.launching import exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import hold_out
 from support.progress import progress
 from timm.data import create_transform, resolve_data_config
@@ -362,7 +362,7 @@ def report(results: dict[str, Any], records: dict[str, Tensor], names: list[str]
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    start_all_processes()
+    refuse_lone_process()
     accelerator = Accelerator()
     set_seed(args.seed, device_specific=True)  # processes that draw a partition draw different ones
     use_cpu_threads(args.cpu_threads, accelerator)

@@ -24,7 +24,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from support.files import replace_text, replacing_file
-from support.launching import exiting_on, start_all_processes, use_cpu_threads
+from support.launching import exiting_on, refuse_lone_process, use_cpu_threads
 from torch import Tensor
 from tqdm import tqdm
 
@@ -210,7 +210,7 @@ def find_shard(number: int, args: argparse.Namespace) -> Path | None:
 
 def main() -> int:
     args = parse_args()
-    start_all_processes()
+    refuse_lone_process()
     accelerator = Accelerator()
     use_cpu_threads(args.cpu_threads, accelerator)
     datasets.disable_progress_bars()
