@@ -1,6 +1,6 @@
 """Measure trained weights as the paper does: `accelerate launch examples/evaluate.py output/s3n/best`.
 
-Accuracy of every branch, calibration, hits of peaks, localisation, parts, magnification and confusions, as a table and
+Accuracy of every branch, calibration, hits of peaks, localisation, parts, magnification and confusions, as tables and
 as files. Read it top to bottom: arguments, model, data, measuring, files, tables, main.
 """
 
@@ -10,7 +10,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +20,42 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 from support.files import replace_text, replacing_file
-from support.launching import exiting_on, start_all_processes, use_cpu_threads
+from support.launching import exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import hold_out
+from support.progress import progress
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import s3n_timm
-from s3n_timm.data import load, part_names
-from s3n_timm.draw import draw_confusions
+from s3n_timm.config import ANSWERS
+from s3n_timm.data import load, part_names, read_stored, store_images
+from s3n_timm.early_exit import choose_exit_entropy
 from s3n_timm.evaluation import (
     CALIBRATION,
     CROP_MODES,
     OUTPUTS,
     UNITS,
+    Crop,
+    ResultTable,
     as_plain,
     carry_annotations,
-    choose_exit_entropy,
     confused_pairs,
+    draw_confusions,
     measure_batch,
-    summarise,
+    result_tables,
+    summarize,
 )
 from s3n_timm.hub import count_parameters
-from s3n_timm.model import ANSWERS
+from s3n_timm.images import image_mode
 from s3n_timm.peaks import PARTITION_MODES
 
-SHORT = dict(discriminative="D", complementary="C")
 
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"Calibration: {CALIBRATION}.",
@@ -65,9 +68,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-dir", help="folder of the data set; drawn birds and the Hub need none")
     data.add_argument("--split", default="test")
     data.add_argument("--val-fraction", type=float, default=0.0, metavar="PART",
-                      help="with --split train: the part that train.py held out of it, see --seed")
+                      help="with --split train: evaluate the part that train.py held out, see --seed")
     data.add_argument("--image-column", metavar="NAME", help="parquet and hub: the column of images, if not image")
     data.add_argument("--label-column", metavar="NAME", help="parquet and hub: the column of labels, if not label")
+    data.add_argument("--ignore-names", action="store_true",
+                      help="take classes by their order where the data set names them otherwise than the model")
     data.add_argument("--num-images", type=int, default=750, help="drawn birds: images")
     data.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="decode every image first")
     data.add_argument("-b", "--batch-size", type=int, default=32, help="per process")
@@ -75,25 +80,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     model = parser.add_argument_group("model", "its own settings where these are left out")
     model.add_argument("--img-size", type=int, metavar="PX")
-    model.add_argument("--crop-pct", type=float, help="centre crop")
+    model.add_argument("--crop-pct", type=float, help="side of the crop over that of the resized image")
     model.add_argument("--crop-mode", choices=CROP_MODES, help="how images are resized")
-    model.add_argument("--partition-eval", choices=PARTITION_MODES, help="how peaks are divided; some draw, see --seed")
-    model.add_argument("--answer", choices=ANSWERS, help="which output answers")
+    model.add_argument("--partition-eval", choices=PARTITION_MODES,
+                       help="how peaks are divided, at random by some: see --seed")
+    model.add_argument("--answer", choices=ANSWERS, help="which output is the prediction")
 
-    sure = model.add_mutually_exclusive_group()
-    sure.add_argument("--exit-entropy", type=float, metavar="NATS",
-                      help="report what early exit does: images of less entropy are answered by the original branch")
-    sure.add_argument("--exit-loss", type=float, metavar="POINTS",
-                      help="find the threshold of early exit that loses at most so many points of accuracy here")
+    early_exit = model.add_mutually_exclusive_group()
+    early_exit.add_argument("--exit-entropy", type=float, metavar="NATS",
+                            help="report early exit: images of less entropy are classified by the original branch")
+    early_exit.add_argument("--exit-loss", type=float, metavar="POINTS",
+                            help="find the threshold of early exit that loses at most so many points of accuracy here")
 
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, help="folder for the files; beside the weights if left out")
-    run.add_argument("--bootstrap-samples", type=int, default=10_000)
     run.add_argument("--cpu-threads", type=int, help="per process, on a CPU; default: all cores, shared evenly")
     run.add_argument("--seed", type=int, default=42)
 
     args = parser.parse_args(argv)
-    for name in ("num_images", "batch_size", "img_size", "crop_pct", "bootstrap_samples", "cpu_threads"):
+    for name in ("num_images", "batch_size", "img_size", "crop_pct", "cpu_threads"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}.")
     for name in ("image_column", "label_column"):
@@ -117,7 +122,7 @@ def is_on_hub(weights: str) -> bool:
 
 
 def load_model(args: argparse.Namespace) -> nn.Module:
-    """The model in eval mode, with the partition that the arguments ask for."""
+    """The model in eval mode."""
     name = args.weights
     if not is_on_hub(name):
         if not (Path(name) / "config.json").is_file():
@@ -130,25 +135,29 @@ def load_model(args: argparse.Namespace) -> nn.Module:
             model = timm.create_model(name, pretrained=True, img_size=args.img_size).eval()
     except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"WEIGHTS {args.weights} cannot be loaded as a timm model ({error}).") from error
+    return model
+
+
+def set_options(model: nn.Module, args: argparse.Namespace) -> None:
+    """Apply --partition-eval and --answer, and refuse what the model can't do."""
+    is_s3n = isinstance(model, s3n_timm.S3N)
     if not model.num_classes:
         raise ValueError(f"WEIGHTS {args.weights} has no classifier, so there is nothing to measure.")
     exits = args.exit_entropy is not None or args.exit_loss is not None
-    if exits and not (isinstance(model, s3n_timm.S3N) and "O" in model.branches):
+    if exits and not (is_s3n and "O" in model.config.branches):
         raise ValueError("--exit-entropy and --exit-loss need an S3N with the O branch: leave them out.")
     if args.partition_eval:
         if not has_peaks(model):
             raise ValueError(f"--partition-eval {args.partition_eval} needs a model with peaks: leave it out.")
-        model.partition_eval = args.partition_eval
-        model.set_epoch(model.partition_warmup_epochs)  # weights from its warm-up would go on with another one
+        model.configure(partition_eval=args.partition_eval)
     if args.answer:
-        if not isinstance(model, s3n_timm.S3N):
+        if not is_s3n:
             raise ValueError(f"--answer {args.answer} needs an S3N, and this model has one output: leave it out.")
-        model.set_answer(args.answer)
-    return model
+        model.configure(answer=args.answer)
 
 
 def has_peaks(model: nn.Module) -> bool:
-    return isinstance(model, s3n_timm.S3N) and model.attention == "sparse" and bool(model.warped)
+    return isinstance(model, s3n_timm.S3N) and model.config.attention == "sparse" and bool(model.warped)
 
 
 def describe_model(model: nn.Module, data_config: dict[str, Any]) -> dict[str, Any]:
@@ -158,12 +167,11 @@ def describe_model(model: nn.Module, data_config: dict[str, Any]) -> dict[str, A
         parameters=count_parameters(model),
     )
     if isinstance(model, s3n_timm.S3N):
-        betas = {name: value.item() for name, value in model.named_parameters() if name.startswith("beta_")}
-        # the config holds the values that training began with
-        now = dict(answer=model.answer, partition=model.partition if has_peaks(model) else None)
-        summary["s3n"] = {**model.config, **betas, **now}
-    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    return dict(summary, preprocessing={name: data_config[name] for name in names})
+        betas = {f"beta_{branch}": value.item() for branch, value in model.beta.items()}
+        # the config holds the values at the start of training
+        now = dict(partition=model.partition if has_peaks(model) else None)
+        summary["s3n"] = {**model.config.to_dict(), **betas, **now}
+    return dict(summary, preprocessing=dict(data_config))
 
 
 # data
@@ -184,48 +192,66 @@ def load_data(args: argparse.Namespace, model: nn.Module, data_config: dict[str,
     return dataset
 
 
-def check_classes(dataset: datasets.Dataset, model: nn.Module, args: argparse.Namespace) -> str | None:
-    """A warning where the data set has the model's number of classes under other names."""
-    names = dataset.features["label"].names
+def match_classes(dataset: datasets.Dataset, model: nn.Module, args: argparse.Namespace) -> tuple[list[str], list[int]]:
+    """The name of each class of the model, and the model's class of each class of the data set."""
+    names = list(map(str, dataset.features["label"].names))
     if len(names) != model.num_classes:
         raise ValueError(
             f"--dataset {args.dataset} has {len(names)} classes and WEIGHTS {args.weights} has {model.num_classes}: "
             "evaluate it on the data set that it was trained for."
         )
-    known = model.pretrained_cfg.get("label_names")
-    differing = [pair for pair in zip(known or names, names) if pair[0] != pair[1]]
-    if not differing:
-        return None
-    return (
-        f"Warning: {len(differing)} of {len(names)} classes have other names than in training, the first "
-        f"{differing[0][1]!r} instead of {differing[0][0]!r}."
+    known = model.pretrained_cfg.get("label_names") or names
+    if isinstance(known, Mapping):  # by index, which JSON makes a string; some may be missing
+        known = [known.get(index, known.get(str(index), name)) for index, name in enumerate(names)]
+    known = list(map(str, known)) if len(known) == len(names) else names
+    if args.ignore_names or known == names:
+        return names, list(range(len(names)))
+    if sorted(known) == sorted(set(names)):
+        return known, [known.index(name) for name in names]
+    missing = sorted(set(names) - set(known)) or names
+    raise ValueError(
+        f"--dataset {args.dataset} names its classes otherwise than WEIGHTS {args.weights}, which has no "
+        f"{missing[0]!r} ({len(missing)} of {len(names)} names differ). If the classes are the same in the same order, "
+        "add --ignore-names."
     )
 
 
-def create_loader(dataset: datasets.Dataset, transform: Callable, args: argparse.Namespace) -> DataLoader:
-    """Transformed images in order, with the annotations as they are stored and what it takes to carry them along."""
-    annotated = [name for name in ("box", "parts") if name in dataset.features]
+class TransformRows:
+    """Rows of `store_images` as the model reads them, with their annotations as stored and what carries them along.
 
-    def transform_batch(batch: dict[str, list]) -> dict[str, list]:
-        images = [image.convert("RGB") for image in batch["image"]]
-        rows: dict[str, list] = dict(index=batch["index"], label=batch["label"])
+    A class and no closure, so that workers started by spawn or forkserver can receive it.
+    """
+
+    def __init__(self, transform: Callable[[Any], Tensor], classes: Sequence[int], mode: str = "RGB") -> None:
+        self.transform, self.classes, self.mode = transform, classes, mode
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        images = [read_stored(image, self.mode) for image in batch["image"]]
+        rows: dict[str, list] = dict(index=batch["index"], label=[self.classes[label] for label in batch["label"]])
         rows["sizes"] = [torch.tensor([image.height, image.width]) for image in images]
-        rows["image"] = [transform(image) for image in images]
+        rows["image"] = [self.transform(image) for image in images]
         if "box" in batch:
             rows["box"] = [torch.tensor(box) for box in batch["box"]]
         if "parts" in batch:
             rows["parts"] = [torch.tensor(list(parts.values())) for parts in batch["parts"]]
         return rows
 
+
+def create_loader(
+        dataset: datasets.Dataset, transform: TransformRows, args: argparse.Namespace, pin_memory: bool = False,
+) -> DataLoader:
+    """Transformed images in order, with their annotations."""
+    annotated = [name for name in ("box", "parts") if name in dataset.features]
     dataset = dataset.select_columns(["image", "label", *annotated]).add_column("index", list(range(len(dataset))))
-    return DataLoader(dataset.with_transform(transform_batch), batch_size=args.batch_size, num_workers=args.workers)
+    rows = store_images(dataset).with_transform(transform)
+    return DataLoader(rows, batch_size=args.batch_size, num_workers=args.workers, pin_memory=pin_memory)
 
 
 # measuring
 
 
 def pad_batch(batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
-    """Repeat the last row of a batch that is not full: images are rounded alike only in batches of one size."""
+    """Repeat the last row of a batch that is not full: only batches of one size are rounded alike."""
     missing = size - len(batch["label"])
     return {name: torch.cat([rows, rows[-1:].repeat_interleave(missing, 0)]) for name, rows in batch.items()}
 
@@ -234,15 +260,14 @@ def pad_batch(batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
 def measure(
         model: nn.Module,
         loader: DataLoader,
-        data_config: dict[str, Any],
+        crop: Crop,
         args: argparse.Namespace,
         accelerator: Accelerator,
 ) -> dict[str, Tensor]:
     """Rows of all images, each once and in the data set's order, on the main process; empty on the others."""
-    geometry = (data_config["input_size"][1:], data_config["crop_pct"], data_config["crop_mode"])
     batches = []
-    for batch in tqdm(loader, desc=args.split, disable=not accelerator.is_main_process, leave=False):
-        full = carry_annotations(pad_batch(batch, args.batch_size), *geometry)
+    for batch in progress(loader, desc=args.split, disable=not accelerator.is_main_process, leave=False):
+        full = carry_annotations(pad_batch(batch, args.batch_size), crop)
         with accelerator.autocast():
             rows = measure_batch(model, full)
         rows = {name: values[:len(batch["label"])].contiguous() for name, values in rows.items()}
@@ -253,7 +278,7 @@ def measure(
 
 
 def choose_exit(records: dict[str, Tensor], args: argparse.Namespace) -> float | None:
-    """The threshold of early exit that was given or is to be found."""
+    """The threshold of early exit: the given one, or the one that --exit-loss allows."""
     if args.exit_loss is None:
         return args.exit_entropy
     original, answer = (records[f"prediction_{name}"] == records["label"] for name in ("original", "answer"))
@@ -299,151 +324,64 @@ def write_files(output: Path, results: dict[str, Any], records: dict[str, Tensor
         rows["hits"] = [hits if boxed else None for hits, boxed in zip(rows["hits"], records["boxed"].tolist())]
     write_csv(output / "predictions.csv", list(rows), zip(*rows.values()))
 
-    with replacing_file(output / "confusion.png") as file:
-        draw_confusions(labels, predictions, names).savefig(file, format="png", dpi=110)
-    # the last, so that it tells that all is there
+    # the last one: where it is, the others are complete
     replace_text(output / "results.json", json.dumps(results, indent=1, allow_nan=False))
+
+
+def draw_picture(output: Path, records: dict[str, Tensor], names: list[str]) -> None:
+    with replacing_file(output / "confusion.png") as file:
+        figure = draw_confusions(records["label"], records["prediction_answer"], names)
+        figure.savefig(file, format="png", dpi=110)
 
 
 # tables
 
 
-def number(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def create_table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
-
-
-def tabulate_accuracy(measures: dict[str, Any]) -> Table:
-    table = create_table("accuracy, % with 95 % interval", "output", "top-1", "top-5")
-    for name, figures in measures["accuracy"].items():
-        cells = []
-        for kind in ("top1", "top5"):
-            low, high = figures[f"{kind}_interval"]
-            cells.append(f"{figures[kind]:.1f} ({low:.1f}–{high:.1f})")
-        table.add_row(name, *cells)
-    return table
-
-
-def tabulate_localisation(measures: dict[str, Any]) -> Table:
-    columns = ("accuracy %", "mean IoU", "normalised %", "normalised IoU")
-    table = create_table("localisation by the maps of the joint class (table 2)", "maps of", *columns)
-    for name, figures in measures["localisation"].items():
-        if name != "images":
-            cells = [number(figures[kind + each], digits)
-                     for kind in ("", "normalized_") for each, digits in (("accuracy", 1), ("iou", 3))]
-            table.add_row("all, added up" if name == "joint" else name, *cells)
-    return table
-
-
-def tabulate_rest(measures: dict[str, Any]) -> Table:
-    table = create_table("calibration, peaks", "figure", "value")
-    errors = measures["calibration"]
-    for name, key, digits in (("negative log likelihood, nats", "nll", 3), ("expected calibration error, %", "ece", 1)):
-        table.add_row(name, number(errors[key], digits))
-        table.add_row("  calibrated by cross-fitting", number(errors[f"{key}_calibrated"], digits))
-    if "peaks" in measures:
-        peaks = measures["peaks"]
-        table.add_row("peaks per image", f"{number(peaks['mean'])} ({peaks['min']}–{peaks['max']})")
-        table.add_row("images without a peak", str(peaks["images_without"]))
-    if "hits" in measures:
-        hits = measures["hits"]
-        table.add_row("hit rate, % (table 1)", number(hits["rate"]))
-        table.add_row("hits per image", number(hits["mean"]))
-        table.add_row("images with 0, 1, 2, … hits (figure 5)", " ".join(map(str, hits["histogram"])))
-    return table
-
-
-def tabulate_exit(measures: dict[str, Any]) -> Table:
-    figures = measures["early_exit"]
-    table = create_table("early exit: sure images answered by the original branch alone", "figure", "value")
-    table.add_row("exit entropy, nats", number(figures["exit_entropy"], 4))
-    table.add_row("images that exit, %", number(figures["exited"]))
-    table.add_row("backbone passes per image", number(figures["passes"], 2))
-    table.add_row("top-1 %", number(figures["top1"]))
-    table.add_row("top-1 % of all branches for all images", number(figures["top1_without"]))
-    return table
-
-
-def tabulate_magnification(measures: dict[str, Any]) -> Table:
-    branches = measures["magnification"]
-    columns = (f"{SHORT[branch]} {kind}" for branch in branches for kind in ("mean", "median"))
-    table = create_table("magnification, × by area", "of", *columns)
-    for kind in ("object", "background", "parts"):
-        if all(kind in figures for figures in branches.values()):
-            cells = (number(figures[kind][each], 2) for figures in branches.values() for each in ("mean", "median"))
-            table.add_row(kind, *cells)
-    return table
-
-
-def tabulate_parts(measures: dict[str, Any]) -> Table:
-    parts = measures["parts"]
-    branches = list(parts["not_shown"])
-    columns = [f"{kind} {SHORT[branch]}" for kind in ("×", "not shown %") for branch in branches]
-    extremes = ["strongest", "weakest"] if parts["images"] is not None else []
-    table = create_table("parts next to the strongest and the weakest peak (figure 6)", "part", *extremes, *columns)
-    for name, figures in parts["names"].items():
-        cells = [str(figures[kind]) for kind in extremes]
-        cells += [number(figures[branch]["magnification"]["median"], 2) for branch in branches]
-        table.add_row(name, *cells, *(number(figures[branch]["not_shown"]) for branch in branches))
-    blank = [""] * (len(extremes) + len(branches))
-    table.add_row("all", *blank, *(number(parts["not_shown"][branch]) for branch in branches))
-    table.caption = "×: median magnification by area" if branches else None
-    return table
+def print_table(table: ResultTable, console: Console) -> None:
+    printed = Table(title=table.title, title_justify="left", title_style="bold")
+    for i, column in enumerate(table.header):
+        printed.add_column(column, justify="right" if i else "left")
+    for row in table.rows:
+        printed.add_row(*("–" if cell is None else escape(cell) for cell in row))
+    console.print(printed)
 
 
 def report(results: dict[str, Any], records: dict[str, Tensor], names: list[str], console: Console) -> None:
-    measures = results["measures"]
     title = f"{results['weights']} on {results['dataset']}, {results['split']}: {results['images']} images"
     console.print(title, style="bold", highlight=False, markup=False)
-    console.print(tabulate_accuracy(measures))
-    if "localisation" in measures:
-        console.print(tabulate_localisation(measures))
-    console.print(tabulate_rest(measures))
-    if "early_exit" in measures:
-        console.print(tabulate_exit(measures))
-    if "magnification" in measures:
-        console.print(tabulate_magnification(measures))
-    if "strongest" in records or measures.get("parts", {}).get("not_shown"):
-        console.print(tabulate_parts(measures))
+    for table in result_tables(results["measures"]).values():
+        print_table(table, console)
     pairs = confused_pairs(records["label"], records["prediction_answer"], len(names), k=5).tolist()
     if pairs:
-        table = create_table("most confused", "label", "taken for", "images")
-        for label, taken, count in pairs:
-            table.add_row(names[label], names[taken], str(count))
-        console.print(table)
+        rows = [(names[label], names[taken], str(count)) for label, taken, count in pairs]
+        print_table(ResultTable("Most confused", ("label", "prediction", "images"), list(rows)), console)
 
 
 # main
 
 
-def main() -> None:
-    args = parse_args()
-    start_all_processes()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    refuse_lone_process()
     accelerator = Accelerator()
     set_seed(args.seed, device_specific=True)  # processes that draw a partition draw different ones
     use_cpu_threads(args.cpu_threads, accelerator)
     with exiting_on(ValueError, OSError, ImportError):
         with accelerator.main_process_first():
-            model = load_model(args).to(accelerator.device)
+            model = load_model(args)
+            set_options(model, args)
             overrides = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
             data_config = resolve_data_config(overrides, model=model)
             dataset = load_data(args, model, data_config)
-        warning = check_classes(dataset, model, args)
+        names, classes = match_classes(dataset, model, args)
+        rows = TransformRows(create_transform(**data_config), classes, image_mode(data_config["input_size"][0]))
         args.output.mkdir(parents=True, exist_ok=True)
-    if warning:
-        accelerator.print(warning)
-    names = dataset.features["label"].names
-    config = {key: data_config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
-    loader = accelerator.prepare(create_loader(dataset, create_transform(**config), args))
+    if classes != list(range(len(classes))):
+        accelerator.print("The data set has the model's classes in another order: they are matched by name.")
+    loader = accelerator.prepare(create_loader(dataset, rows, args, accelerator.device.type == "cuda"))
 
     started = time.monotonic()
-    records = measure(model, loader, data_config, args, accelerator)
+    records = measure(model.to(accelerator.device), loader, Crop.from_config(data_config), args, accelerator)
     seconds = time.monotonic() - started
     accelerator.end_training()  # a process that ends while gloo's threads run is aborted
     if not accelerator.is_main_process:
@@ -451,8 +389,7 @@ def main() -> None:
     if records["index"].tolist() != list(range(len(dataset))):
         raise RuntimeError("Accelerate gave images twice, not at all or out of order: this is a bug.")
     with exiting_on(ValueError, OSError):
-        exit_entropy = choose_exit(records, args)
-        measures = summarise(records, part_names(dataset), args.seed, args.bootstrap_samples, exit_entropy)
+        measures = summarize(records, part_names(dataset), args.seed, choose_exit(records, args))
         run = dict(
             seconds=seconds,
             images_per_second=len(dataset) / seconds,
@@ -472,7 +409,8 @@ def main() -> None:
             run=run,
         )
         write_files(args.output, results, records, names)
-    report(results, records, names, Console())
+        report(results, records, names, Console())
+        draw_picture(args.output, records, names)
     print(f"{seconds:.0f} s, {len(dataset) / seconds:.1f} images a second. Files: {args.output}")
 
 

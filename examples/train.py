@@ -1,15 +1,13 @@
-"""Train S3N on one device or many: `accelerate launch examples/train.py`.
+"""Train S3N on one device or many: `python examples/train.py`, `torchrun --nproc_per_node 2 examples/train.py`,
+`accelerate launch examples/train.py`.
 
 Without arguments it learns the drawn birds that come with the package. Read it top to bottom: the model, the optimizer,
-one epoch, evaluation, what is written, main. Beside it lie its flags (arguments.py), images (data.py) and checkpoints
-(checkpoints.py).
+an update, an epoch, what follows an epoch, main. Flags, images, checkpoints, evaluation and results are in support/.
 """
 
 import argparse
-import json
-import math
-import signal
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import timm
@@ -17,23 +15,32 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
-from rich.console import Console
-from rich.table import Table
 from support.arguments import parse_args, trajectory
-from support.checkpoints import Progress, find_checkpoint, replacing, save_checkpoint, write_summary
-from support.files import replace_text
-from support.launching import exiting_on, start_all_processes, use_cpu_threads
+from support.checkpoints import (
+    OutputError,
+    Progress,
+    describe_images,
+    find_checkpoint,
+    load_checkpoint,
+    refuse_pickled_shards,
+    write_summary,
+)
+from support.files import claimed
+from support.launching import StopSignal, accept_any_encoding, exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
+from support.progress import progress as show_progress
+from support.results import evaluate, finish_training
+from support.run import Exchange, Run, unwrap
 from support.sync_bn import synchronize
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import s3n_timm
 from s3n_timm import S3N
+from s3n_timm.images import image_mode
 
 # model
 
@@ -58,12 +65,8 @@ def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accele
     return model
 
 
-def unwrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    return accelerator.unwrap_model(model, keep_torch_compile=False)
-
-
 def list_frozen(model: nn.Module, args: argparse.Namespace) -> list[nn.Module]:
-    """Modules of the backbone that --freeze-epochs leaves as they are: all but its classifier."""
+    """Modules that --freeze-epochs does not train: those of the backbone, its classifier excepted."""
     classifiers = _classifier_names(model)
     backbone = model.backbone if isinstance(model, S3N) else model
     prefix = "backbone." if isinstance(model, S3N) else ""
@@ -76,11 +79,36 @@ def _classifier_names(model: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def refuse_single_values(model: nn.Module, args: argparse.Namespace, size: tuple[int, ...]) -> None:
+    """Refuse a batch of one image whose last feature map has one place: batch norm has no variance there.
+
+    Raises:
+        ValueError: a layer normalizes a single value per channel.
+    """
+    if args.batch_size > 1 or args.freeze_bn:
+        return
+    seen: list[str] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            seen.append(type(module).__name__)
+
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    hooks = [module.register_forward_pre_hook(look) for module in norms]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, *size, device=next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    if seen:
+        raise ValueError(f"{args.backbone} has one feature per channel at {size[1]} px, which batch norm cannot "
+                         "normalize in a batch of one image: raise --batch-size or --img-size, or add --freeze-bn.")
+
+
 # optimizer
 
 
 def group_parameters(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The paper's two learning rates, for what is pretrained and what is new, β's own, and timm's layer decay."""
+    """Parameter groups of the paper's two learning rates, pretrained and new layers, of β's own, and of layer decay."""
     new = tuple(f"{name}." for name in (*_classifier_names(model), "saliency"))
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [dict(params=list(names), weight_decay=args.weight_decay, lr_scale=1.0)]
@@ -97,7 +125,7 @@ def group_parameters(model: nn.Module, args: argparse.Namespace) -> list[dict[st
         parts: dict[str, list[nn.Parameter]] = {}
         for parameter in group["params"]:
             name = names[parameter]
-            kind = "beta" if name.startswith("beta_") else "new" if name.startswith(new) else "backbone"
+            kind = "beta" if name.startswith("beta.") else "new" if name.startswith(new) else "backbone"
             parts.setdefault(kind, []).append(parameter)
         for kind, params in parts.items():
             decay = 0.0 if kind == "beta" else group["weight_decay"]
@@ -105,167 +133,139 @@ def group_parameters(model: nn.Module, args: argparse.Namespace) -> list[dict[st
     return divided
 
 
-# one epoch
+# an update
 
 
 def seed_batch(args: argparse.Namespace, model: nn.Module, images: Tensor, update: int, part: int) -> None:
-    """Make what this batch draws a function of the seed and of the images' place in training.
+    """Make the random draws of a batch a function of the seed and of the images' place in training.
 
-    An update's images draw in one row, however many processes and accumulation steps they are divided among: the peaks'
-    draws (eq. 4) of the parts before this one are passed over.
+    The images of an update draw from one sequence, however many processes and accumulation steps they are divided
+    among: the peaks' draws (eq. 4) of the parts before this one are skipped.
     """
     set_seed(mix_seeds(args.seed, update))
     if isinstance(model, S3N) and model.partition in ("probability", "random"):
         for _ in range(part):
-            torch.rand(len(images), *model.sample_options["grid_size"], device=images.device)
+            torch.rand(len(images), *model.config.grid_size, device=images.device)
 
 
-def train_epoch(
-        epoch: int,
-        model: nn.Module,
-        loader: TrainLoader,
-        criterion: s3n_timm.S3NLoss,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        mixup: Mixup | None,
-        progress: Progress,
-        args: argparse.Namespace,
-        accelerator: Accelerator,
-        run: "Run",
-) -> None:
-    """Train what is left of an epoch; `run.stopped` tells whether a signal ended it early."""
-    bare = unwrap(model, accelerator)
-    model.train()
-    for each in (bare, *([] if progress.ema is None else [progress.ema.module])):
+def set_modes(run: Run, epoch: int) -> list[nn.Parameter]:
+    """Set what trains in an epoch; the parameters that don't."""
+    bare = run.bare
+    run.model.train()
+    for each in (bare, *([] if run.ema is None else [run.ema.module])):
         if isinstance(each, S3N):
             each.set_epoch(epoch)
-    frozen = list_frozen(bare, args) if epoch < args.freeze_epochs else []
-    still = [m for m in bare.modules() if args.freeze_bn and isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for module in (*frozen, *still):
+    frozen = list_frozen(bare, run.args) if epoch < run.args.freeze_epochs else []
+    norms = [m for m in bare.modules() if run.args.freeze_bn and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for module in (*frozen, *norms):
         module.eval()
+    return [parameter for module in frozen for parameter in module.parameters()]
 
-    start = progress.updates - epoch * loader.updates_per_epoch
-    bar = tqdm(
-        total=loader.updates_per_epoch,
-        initial=start,
-        desc=f"epoch {epoch + 1}/{args.epochs}",
-        disable=not accelerator.is_main_process,
-        leave=False,
-    )
+
+# an epoch
+
+
+def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
+    """Train what is left of an epoch; True where a signal stopped it, after everything was saved."""
+    args, accelerator, progress, optimizer = run.args, run.accelerator, run.progress, run.optimizer
+    bare, frozen = run.bare, set_modes(run, epoch)
+    start, end = progress.updates - epoch * loader.updates_per_epoch, (epoch + 1) * loader.updates_per_epoch
+    bar = show_progress(total=loader.updates_per_epoch, initial=start, desc=f"epoch {epoch + 1}/{args.epochs}",
+                        disable=not accelerator.is_main_process, leave=False)
+    exchange, total, stopped = Exchange(run), torch.zeros((), device=accelerator.device), False
     for step, batch in enumerate(loader.read(epoch, start)):
         images, target = batch["image"], batch["label"]
         part = step % args.grad_accum_steps * accelerator.num_processes + accelerator.process_index
         seed_batch(args, bare, images, progress.updates, part)
-        if mixup is not None:
-            images, target = mixup(images, target)
+        if run.mixup is not None:
+            images, target = run.mixup(images, target)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with accelerator.accumulate(model):
-            loss = criterion(model(images), target)
-            # one exchange tells all processes the loss, and whether one of them was asked to stop
-            signals = torch.stack([loss.detach().float(), loss.new_tensor(float(run.asked_to_stop))])
-            value, stop = accelerator.reduce(signals, "mean").tolist()
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"The loss became {value} at update {progress.updates} of epoch {epoch + 1}: lower --lr "
-                    f"({args.lr}), add --clip-grad or --warmup-epochs, and --resume."
-                )
+        with accelerator.accumulate(run.model):
+            loss = run.criterion(run.model(images), target)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                for parameter in (p for module in frozen for p in module.parameters()):
-                    parameter.grad = None  # optimizers pass over it, momentum and weight decay too
+                for parameter in frozen:
+                    parameter.grad = None  # optimizers skip it, with its momentum and weight decay
                 if args.clip_grad:
-                    accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
+                    accelerator.clip_grad_norm_(run.model.parameters(), args.clip_grad)
             optimizer.step()
             optimizer.zero_grad()
-        progress.loss += value
+        total += loss.detach()
         if not accelerator.sync_gradients:
             continue
         progress.updates += 1
-        scheduler.step_update(progress.updates)  # not prepared by Accelerate, which would step it once a process
-        if progress.ema is not None:
-            progress.ema.update(bare, step=progress.updates)
-        rate = optimizer.param_groups[-1]["lr"]
+        exchange.send(total / args.grad_accum_steps, optimizer.param_groups[-1]["lr"])
+        total = torch.zeros_like(total)
+        run.scheduler.step_update(progress.updates)  # not prepared by Accelerate, which would step it once a process
+        if run.ema is not None:
+            run.ema.update(bare, step=progress.updates)
+        due = bool(args.checkpoint_every) and progress.updates % args.checkpoint_every == 0
+        for value, rate, stop in exchange.receive(leave=0 if due or progress.updates == end else 1):
+            stopped |= stop
+            bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.2g}", refresh=False)
         bar.update()
-        bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.2g}")
-        if args.log_with:
-            accelerator.log(dict(loss=value, lr=rate), step=progress.updates)
-        if stop or (args.checkpoint_every and progress.updates % args.checkpoint_every == 0):
-            run.save(progress)
-        if stop:
-            run.stopped = True
+        if due or stopped:
+            for _ in exchange.receive():  # nothing is saved before its loss is known
+                pass
+            run.save()
+        if stopped:
             break
     bar.close()
+    if not stopped and progress.updates != end:
+        raise RuntimeError(f"Epoch {epoch + 1} ended after {progress.updates} of {end} updates.")
+    return stopped
 
 
-# evaluation
+# after an epoch
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: Any, accelerator: Accelerator, desc: str = "") -> dict[str, float]:
-    """Top-1 accuracy in % of every output; images that even out the processes count once."""
-    model.eval()
-    bare = unwrap(model, accelerator)
-    if isinstance(bare, S3N):
-        bare.set_branch_logits(True)
-    hits: dict[str, list[Tensor]] = {}
-    for batch in tqdm(loader, desc=desc, disable=not accelerator.is_main_process, leave=False):
-        with accelerator.autocast():
-            output = model(batch["image"])
-        known = output._asdict() | {bare.answer: bare.decide(output)} if isinstance(bare, S3N) else dict(joint=output)
-        for name, logits in known.items():
-            if logits is not None:
-                hits.setdefault(name, []).append(accelerator.gather_for_metrics(logits.argmax(1) == batch["label"]))
-    if isinstance(bare, S3N):
-        bare.set_branch_logits(None)
-    return {name: 100 * torch.cat(hit).double().mean().item() for name, hit in hits.items()}
+def finish_epoch(run: Run, epoch: int, loader: TrainLoader, val_loader: Any, started: float) -> bool:
+    """Evaluate an epoch, keep its weights and save; True where a signal stopped it."""
+    args, progress, accelerator = run.args, run.progress, run.accelerator
+    run.save()  # before the evaluation: a run that is killed in it has the epoch
+    set_seed(mix_seeds(args.seed, progress.updates))  # for a partition that draws in eval mode
+    judged = dict(live=run.model) if run.ema is None else dict(live=run.model, ema=run.ema.module)
+    top1: dict[str, dict[str, float]] = {}
+    if epoch + 1 == args.epochs or (epoch + 1) % args.val_interval == 0:
+        for name, model in judged.items():
+            result = evaluate(run, model, val_loader, desc=run.watched)
+            if result is None:
+                return True
+            top1[name] = result
+    loss = progress.loss / loader.updates_per_epoch
+    progress.epoch, progress.loss = epoch + 1, 0.0
+    row: dict[str, float] = dict(epoch=progress.epoch, loss=loss, lr=run.optimizer.param_groups[-1]["lr"])
+    head = f"epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}"
+    for name, metrics in top1.items():
+        text = ", ".join(f"{branch} {value:.1f}" for branch, value in metrics.items())
+        text = f"{run.watched} top-1 % {text}" if name == "live" else f"averaged weights {text}"
+        accelerator.print(f"{head}  {text}  ({time.monotonic() - started:.0f} s)")
+        row |= {f"{run.watched}_{branch}{'' if name == 'live' else '_ema'}": v for branch, v in metrics.items()}
+    if not top1:
+        accelerator.print(f"{head}  ({time.monotonic() - started:.0f} s)")
+    progress.history.append(row)
+    best = max(top1, key=lambda name: top1[name][args.answer], default=None)
+    if best is not None and run.watched == "test":  # no epoch is chosen on the test split
+        best, progress.best = "live", -1.0
+    if best is not None and top1[best][args.answer] > progress.best:
+        progress.best, progress.best_epoch = top1[best][args.answer], progress.epoch
+        run.export(judged[best], "best")
+    run.export(run.model, "last")
+    if run.ema is not None:
+        run.export(run.ema.module, "ema")
+    if accelerator.is_main_process:
+        write_summary(args.output / "summary.csv", progress.history)
+    if args.log_with:
+        accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=progress.updates)
+    run.save()
+    return False
 
 
-# what is written
-
-
-class Run:
-    """What a run writes and when it must stop."""
-
-    def __init__(self, args: argparse.Namespace, names: list[str], data_config: dict, accelerator: Accelerator) -> None:
-        self.args, self.names, self.data_config, self.accelerator = args, names, data_config, accelerator
-        self.trajectory = dict(trajectory(args, accelerator.num_processes), classes=names)
-        self.asked_to_stop = self.stopped = False
-        signal.signal(signal.SIGTERM, self.ask_to_stop)  # how a cluster announces that it takes the machine away
-
-    def ask_to_stop(self, *_: Any) -> None:
-        self.asked_to_stop = True
-
-    def save(self, progress: Progress) -> None:
-        save_checkpoint(self.args.output, progress, self.trajectory, self.args.checkpoint_hist, self.accelerator)
-
-    def export(self, model: nn.Module, kind: str) -> None:
-        """Write weights that timm loads."""
-        state_dict = self.accelerator.get_state_dict(model)  # of all processes, where each holds a shard
-        state_dict = {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}  # torch.compile's
-        bare = unwrap(model, self.accelerator)
-        with replacing(self.args.output / kind, self.accelerator) as folder:
-            if self.accelerator.is_main_process:
-                s3n_timm.save(
-                    bare, folder, label_names=self.names, data_config=self.data_config, state_dict=state_dict)
-
-
-def report(loader: Any, kinds: list[str], run: Run) -> None:
-    """Test each kind of weights once and print a closing table."""
-    top1 = {}
-    for kind in kinds:
-        model = timm.create_model(f"local-dir:{run.args.output / kind}", pretrained=True).to(run.accelerator.device)
-        top1[kind] = evaluate(model, loader, run.accelerator, desc=f"test, {kind}")
-    if not run.accelerator.is_main_process:
-        return
-    top1.setdefault("best", top1["last"])  # the same weights, where the last epoch is the best
-    replace_text(run.args.output / "results.json", json.dumps(dict(test_top1=top1, args=vars(run.args)), default=str))
-    table = Table("branch", *top1, title="top-1 % on the test split")
-    for branch in top1["last"]:
-        table.add_row(branch, *(f"{result[branch]:.1f}" for result in top1.values()))
-    table.add_row("chance", *[f"{100 / len(run.names):.1f}"] * len(top1))
-    Console().print(table)
-    print(f'Load it: import s3n_timm, timm; timm.create_model("local-dir:{run.args.output / "best"}", pretrained=True)')
+def lost_patience(args: argparse.Namespace, progress: Progress) -> bool:
+    """Whether the last epoch was evaluated, and as many as --patience have passed since the best one."""
+    evaluated = progress.epoch and progress.epoch % args.val_interval == 0
+    return bool(args.patience and evaluated and progress.epoch - progress.best_epoch >= args.patience)
 
 
 # main
@@ -282,29 +282,49 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         project_dir=args.output,
         dynamo_plugin=TorchDynamoPlugin(backend=args.torchcompile) if args.torchcompile else None,
     )
+    if accelerator.gradient_accumulation_steps != args.grad_accum_steps:
+        raise ValueError(f"Accelerate is set to {accelerator.gradient_accumulation_steps} accumulation steps by its "
+                         "configuration or ACCELERATE_GRADIENT_ACCUMULATION_STEPS, and --grad-accum-steps is "
+                         f"{args.grad_accum_steps}: make them agree.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: use bf16 on a CPU.")
     if args.model_ema and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("--model-ema averages whole weights, of which FSDP leaves each process a shard: leave it out.")
+    refuse_pickled_shards(accelerator)
     return accelerator
 
 
-def main() -> None:
-    args = parse_args()
-    start_all_processes()
-    with exiting_on(ValueError):
-        accelerator = create_accelerator(args)
-    set_seed(args.seed)
-    use_cpu_threads(args.cpu_threads, accelerator)
+def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
+    args = parse_args(argv)
+    refuse_lone_process()
+    with exiting_on(KeyboardInterrupt), StopSignal() as stop, exiting_on(OutputError, FloatingPointError):
+        with exiting_on(ValueError):
+            accelerator = create_accelerator(args)
+        set_seed(args.seed)
+        use_cpu_threads(args.cpu_threads, accelerator)
+        with ExitStack() as stack:
+            with exiting_on(ValueError, OSError):
+                if accelerator.is_main_process:
+                    stack.enter_context(claimed(args.output))
+            accelerator.wait_for_everyone()
+            train(args, accelerator, stop)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) -> None:
+    """Set up a run, or continue it, and train it to its end or to a signal."""
     with exiting_on(ValueError, TypeError, OSError, RuntimeError):
         with accelerator.main_process_first():
             splits = load_splits(args)
         names = splits["train"].features["label"].names
+        if len(names) < 2:
+            raise ValueError(f"--dataset {args.dataset} has one class, {names[0]!r}: there is nothing to tell apart.")
         model = create_model(args, len(names), accelerator)
         evaluation = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
         data_config = resolve_data_config(evaluation, model=model)
-        run = Run(args, names, data_config, accelerator)
-        checkpoint, refused = find_checkpoint(args.output, args.resume, run.trajectory)
+        refuse_single_values(model, args, data_config["input_size"])
+        held = dict(trajectory(args, accelerator.num_processes), classes=names, images=describe_images(splits))
+        checkpoint, notes = find_checkpoint(args.output, args.resume, held)
         shared = {name: data_config[name] for name in ("input_size", "interpolation", "mean", "std")}
         augment = create_transform(
             **shared,
@@ -314,16 +334,13 @@ def main() -> None:
             re_prob=args.reprob,
         )
         squash = create_transform(**shared, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
-        train_loader = TrainLoader(splits["train"], augment, args, accelerator)
-        val_loader, test_loader = (create_eval_loader(splits[name], squash, args, accelerator)
+        mode = image_mode(data_config["input_size"][0])
+        train_loader = TrainLoader(splits["train"], augment, args, accelerator, mode)
+        val_loader, test_loader = (create_eval_loader(splits[name], squash, args, accelerator, mode)
                                    for name in ("val", "test"))
-    mixup = None
-    if args.mixup or args.cutmix:
-        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=len(names))
-    criterion = s3n_timm.S3NLoss(args.smoothing, args.distillation)
-    groups = group_parameters(model, args)
-    optimizer = create_optimizer_v2(groups, opt=args.opt, lr=args.lr, momentum=args.momentum)
-    model, optimizer = accelerator.prepare(model, optimizer)
+        groups = group_parameters(model, args)
+        model, optimizer = accelerator.prepare(
+            model, create_optimizer_v2(groups, opt=args.opt, lr=args.lr, momentum=args.momentum))
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
@@ -333,19 +350,23 @@ def main() -> None:
         step_on_epochs=False,
         updates_per_epoch=train_loader.updates_per_epoch,
     )
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=len(names))
     bare = unwrap(model, accelerator)
     ema = ModelEmaV3(bare, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
-    progress = Progress(ema)
-    accelerator.register_for_checkpointing(progress)
-    for line in refused:
+    criterion = s3n_timm.S3NLoss(args.smoothing, args.distillation)
+    run = Run(args, accelerator, model, ema, criterion, optimizer, scheduler, mixup, Progress(), held, names,
+              data_config, stop)
+    progress = run.progress
+    for line in notes:
         accelerator.print(line)
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
+        with exiting_on(ValueError):
+            load_checkpoint(checkpoint, progress, ema, accelerator)
         scheduler.step_update(progress.updates)
         accelerator.print(f"Resumed from {checkpoint} after {progress.epoch} epochs and {progress.updates} updates.")
 
-    judged = dict(live=model) if ema is None else dict(live=model, ema=ema.module)
-    watched = "val" if args.val_fraction or args.val_split else "test"
     sizes = ", ".join(f"{count_images(part) or 'streamed'} {split}" for split, part in splits.items())
     kind = "plain" if args.plain else f"S3N ({args.preset})"
     accelerator.print(f"{kind} on {args.backbone}, {args.img_size} px, {len(names)} classes: {sizes}; "
@@ -353,46 +374,17 @@ def main() -> None:
     if args.log_with:
         accelerator.init_trackers("s3n_timm", {name: str(value) for name, value in vars(args).items()})
     started = time.monotonic()
+    stopped = False
     for epoch in range(progress.epoch, args.epochs):
-        if args.patience and epoch - progress.best_epoch >= args.patience:
+        if lost_patience(args, progress):
             accelerator.print(f"No better epoch for {args.patience}: stopped early after {epoch} epochs.")
             break
-        with exiting_on(FloatingPointError):
-            train_epoch(epoch, model, train_loader, criterion, optimizer, scheduler, mixup, progress, args,
-                        accelerator, run)
-        if run.stopped:
-            accelerator.print(f"Stopped by SIGTERM after {progress.updates} updates, all saved: go on with --resume.")
-            accelerator.end_training()
-            return
-        set_seed(mix_seeds(args.seed, progress.updates))  # for a partition that draws in eval mode
-        due = progress.epoch + 1 == args.epochs or (progress.epoch + 1) % args.val_interval == 0
-        top1 = {name: evaluate(each, val_loader, accelerator, desc=watched) for name, each in judged.items() if due}
-        loss = progress.loss / (train_loader.updates_per_epoch * args.grad_accum_steps)
-        progress.epoch, progress.loss = epoch + 1, 0.0
-        row: dict[str, float] = dict(epoch=progress.epoch, loss=loss, lr=optimizer.param_groups[-1]["lr"])
-        for name, figures in top1.items():
-            text = ", ".join(f"{branch} {value:.1f}" for branch, value in figures.items())
-            text = f"{watched} top-1 % {text}" if name == "live" else f"averaged weights {text}"
-            accelerator.print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}  {text}  "
-                              f"({time.monotonic() - started:.0f} s)")
-            row |= {f"{watched}_{branch}{'' if name == 'live' else '_ema'}": v for branch, v in figures.items()}
-        progress.history.append(row)
-        best = max(top1, key=lambda name: top1[name][args.answer], default=None)
-        if best is not None and watched == "test":  # no epoch is chosen on the test split
-            best, progress.best = "live", -1.0
-        if best is not None and top1[best][args.answer] > progress.best:
-            progress.best, progress.best_epoch = top1[best][args.answer], progress.epoch
-            run.export(judged[best], "best")
-        run.export(model, "last")
-        if ema is not None:
-            run.export(ema.module, "ema")
-        if accelerator.is_main_process:
-            write_summary(args.output / "summary.csv", progress.history)
-        if args.log_with:
-            accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=progress.updates)
-        run.save(progress)
-    same = ema is None and progress.best_epoch == progress.epoch
-    report(test_loader, ["last", *(["ema"] if ema else []), *([] if same else ["best"])], run)
+        stopped = train_epoch(run, epoch, train_loader)
+        stopped = stopped or finish_epoch(run, epoch, train_loader, val_loader, started)
+        if stopped:
+            break
+    if stopped or finish_training(run, splits["test"], test_loader, squash):
+        run.say_stopped()
     accelerator.end_training()
 
 

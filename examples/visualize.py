@@ -1,6 +1,6 @@
 """Draw what a trained model sees in images: `python examples/visualize.py bird.jpg --weights output/s3n/best`.
 
-One picture an image, or with --sheet many images on one. Several --weights give a strip, which shows how the attention
+One picture per image, or with --sheet many images on one. Several --weights give a strip, which shows how the attention
 to an image changes from one to the next (figure 4 of the paper). Every checkpoint of train.py holds the weights of its
 epoch, and loads once the run's config.json lies beside them:
 
@@ -18,12 +18,14 @@ from itertools import compress
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from support.files import IMAGE_SUFFIXES, replacing_file
+from support.files import replacing_file
 from support.launching import exiting_on
 from torch import Tensor
 
 from s3n_timm.classifier import Classifier
 from s3n_timm.draw import draw_contact_sheet, draw_epochs, draw_explanation
+from s3n_timm.images import expand_path
+from s3n_timm.images import find_images as find_image_files
 
 PER_SHEET = 40  # images
 
@@ -31,7 +33,7 @@ PER_SHEET = 40  # images
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER",
-                        help="a folder is searched to the bottom; one that has the name of a class labels its images")
+                        help="folders are searched with all folders below; one named like a class labels its images")
     parser.add_argument("--weights", nargs="+", required=True, metavar="FOLDER_OR_HUB",
                         help="folder of s3n_timm.save, or hf-hub:USER/NAME; several for a strip, in order")
     parser.add_argument("--sheet", action="store_true", help=f"draw up to {PER_SHEET} images on one picture")
@@ -47,15 +49,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def find_images(paths: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
     """Image files, each with its path below the folder that it was found in."""
     found = []
-    for path in paths:
+    for path in map(expand_path, paths):
         if path.is_dir():
             if output.resolve() == path.resolve():
                 raise ValueError(f"--output {output} would mix pictures with the images: choose another folder.")
             own = path.resolve() in output.resolve().parents  # pictures of an earlier run are no images to draw
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES
-                     and file.is_file() and not (own and output.resolve() in file.resolve().parents)]
+            files = [file for file in find_image_files(path)
+                     if not (own and output.resolve() in file.resolve().parents)]
             if not files:
-                raise ValueError(f"{path} holds no image: no file in it ends in {', '.join(IMAGE_SUFFIXES)}.")
+                raise ValueError(f"{path} holds no image: no file in it has the suffix of one.")
             found += [(file, file.relative_to(path)) for file in files]
         elif path.exists():
             found.append((path, Path(path.name)))
@@ -110,8 +112,8 @@ def choose_path(output: Path, name: Path, suffix: str, taken: set[Path]) -> Path
     return path
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     found = find_images(args.images, args.output)
     drawn = found[:args.max_images]
     if len(drawn) < len(found):
@@ -127,8 +129,8 @@ def main() -> None:
         for file, name in drawn[start:start + per_picture]:
             try:
                 images.append(classifiers[0].prepare(file))
-            except (ValueError, OSError) as error:
-                print(f"visualize.py: {error}", file=sys.stderr)
+            except Exception as error:  # whatever is wrong with a file, the others are drawn
+                print(f"visualize.py: {file}: {error}", file=sys.stderr)
                 unread += 1
                 continue
             folder = file.resolve().parent.name

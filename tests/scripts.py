@@ -25,7 +25,7 @@ ENVIRONMENT = os.environ | {
 def command(script: str, *args: object, processes: int = 1) -> list[str]:
     launch = [sys.executable]
     if processes > 1:
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [*launch, str(EXAMPLES / script), *map(str, args)]
 
 

@@ -1,15 +1,15 @@
 """Pictures of what a model sees."""
 
-import importlib.util
 import itertools
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import visualize
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Circle, Wedge
@@ -17,8 +17,9 @@ from PIL import Image
 from scripts import command, run, train
 
 from s3n_timm import S3N, save
+from s3n_timm.classifier import Classifier
 from s3n_timm.data import draw_bird
-from s3n_timm.draw import COLORS, GREY, RIGHT, WRONG, draw_contact_sheet, draw_epochs, draw_explanation
+from s3n_timm.draw import COLORS, GREY, RIGHT, WRONG, draw_contact_sheet, draw_epochs, draw_explanation, overlay
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "visualize.py"
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -46,12 +47,25 @@ def pixels(image):
     return (image.permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)).clamp(0, 1)
 
 
-def shown(axes, layer=0):
-    return torch.tensor(axes.images[layer].get_array())
+def shown(axes):
+    (image,) = axes.images
+    return torch.tensor(image.get_array())
 
 
-def said(figure):
+def assert_overlaid(axes, image, heat):
+    """The axes show h×w heat over a C×H×W image, half and half, to a rounded byte."""
+    heat = torch.nn.functional.interpolate(heat[None, None], image.shape[1:], mode="bilinear", align_corners=True)[0, 0]
+    colors = colormaps["inferno"](((heat - heat.min()) / (heat.max() - heat.min())).numpy())[..., :3]
+    expected = 255 * (pixels(image) + torch.tensor(colors)) / 2
+    torch.testing.assert_close(shown(axes).double(), expected.double(), atol=1.1, rtol=0)
+
+
+def texts_of(figure):
     return [text.get_text() for text in figure.texts]
+
+
+def row_names(figure):
+    return [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
 
 
 def test_every_panel_shows_what_explain_gives(model, images):
@@ -64,19 +78,16 @@ def test_every_panel_shows_what_explain_gives(model, images):
     original, response, own_map = figure.axes[:3]
     torch.testing.assert_close(shown(original), pixels(images[0]))
     assert original.get_title() == f"input, {int(seen.sample.peaks.sum())} peaks"
-    large = torch.nn.functional.interpolate(seen.sample.response[None], (64, 96), mode="bilinear", align_corners=True)
-    torch.testing.assert_close(shown(response, 1), large[0, 0])
+    assert_overlaid(response, images[0], seen.sample.response[0])
     for i, branch in enumerate(BRANCHES):
-        _, image, each_map = figure.axes[3 * i + 3:3 * i + 6]
-        torch.testing.assert_close(shown(image), pixels(getattr(seen.sample, branch).image[0]))
-        torch.testing.assert_close(shown(each_map), shown(image))
+        torch.testing.assert_close(shown(figure.axes[3 * i + 4]), pixels(getattr(seen.sample, branch).image[0]))
     for axes, branch in zip((own_map, figure.axes[5], figure.axes[8]), ("original", *BRANCHES)):
         chances = getattr(seen.logits, branch)[0].softmax(0)
         label = int(chances.argmax())
         assert axes.get_title() == f"map: {NAMES[label]} {100 * float(chances[label]):.0f} %"
-        heat = seen.maps[branch][:, [label]]
-        large = torch.nn.functional.interpolate(heat, (64, 96), mode="bilinear", align_corners=True)
-        torch.testing.assert_close(shown(axes, 1), large[0, 0])
+        image = images[0] if branch == "original" else getattr(seen.sample, branch).image[0]
+        assert_overlaid(axes, image, seen.maps[branch][0, label])
+    assert row_names(figure) == ["original", *BRANCHES]
 
 
 @pytest.mark.parametrize("answer", ["joint", "mean", "discriminative"])
@@ -85,7 +96,7 @@ def test_heading_is_the_prediction(images, answer):
     chances = model(images[:1])[0].softmax(0).tolist()
     ranks = sorted(range(3), key=lambda label: -chances[label])
     first, *others = (f"{NAMES[label]} {100 * chances[label]:.0f} %" for label in ranks)
-    heading, line, *_ = said(draw_explanation(model, images[0], MEAN, STD, NAMES))
+    heading, line, *_ = texts_of(draw_explanation(model, images[0], MEAN, STD, NAMES))
     assert heading == first
     assert line.endswith(" and ".join(others))
     assert ("joint" in line) == (answer == "joint")
@@ -179,16 +190,34 @@ def test_other_channels_than_three(channels):
     torch.testing.assert_close(picture, (image[:3] if channels > 2 else image[:1].expand(3, -1, -1)).permute(1, 2, 0))
 
 
-def test_what_does_not_differ_has_no_colours():
+def test_what_does_not_differ_has_no_colors():
     figure = draw_explanation(create_model(), torch.zeros(3, 64, 64), MEAN, STD)
     assert figure.axes[0].get_title() == "input, no peaks"
-    image = figure.axes[2].images[1]
-    colors = image.to_rgba(image.get_array())
-    assert np.ptp(colors[8:-8, 8:-8], axis=(0, 1)).max() < 0.01, "rounding is not an answer"
+    colors = shown(figure.axes[2]).numpy().astype(int)
+    assert np.ptp(colors[8:-8, 8:-8], axis=(0, 1)).max() < 3, "rounding is not an answer"
+
+
+def test_overlay_of_images_and_arrays():
+    array = np.zeros((40, 60, 3), np.uint8)
+    array[:, 30:] = 255
+    heat = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    result = overlay(Image.fromarray(array), heat)
+    assert (result.mode, result.size) == ("RGB", (60, 40))
+    black, yellow = (np.array(colormaps["inferno"](end)[:3]) for end in (0.0, 1.0))
+    for (x, y), brightness, color in (((0, 0), 0, black), ((59, 0), 1, black), ((0, 39), 0, yellow)):
+        assert np.allclose(result.getpixel((x, y)), 255 * (brightness + color) / 2, atol=1)
+    for same in (array, array / 255, (array / 255).astype(np.float32)):
+        assert np.array_equal(overlay(same, heat), result)
+    assert np.array_equal(overlay(array, heat, alpha=0), array)
+    assert overlay(array, torch.zeros(2, 2)).getpixel((0, 0)) == overlay(array, torch.ones(2, 2)).getpixel((0, 0))
+    for image, wrong in ((array[..., 0], heat), (array, heat[None])):
+        with pytest.raises(ValueError, match="image must be H×W×3 and heat h×w"):
+            overlay(image, wrong)
 
 
 def texts_on(figure):
-    return [text for text in (*figure.texts, *(axes.title for axes in figure.axes)) if text.get_text()]
+    on_tiles = (text for axes in figure.axes for text in (axes.title, axes.yaxis.label))
+    return [text for text in (*figure.texts, *on_tiles) if text.get_text()]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (192, 64), (32, 192)])
@@ -202,6 +231,7 @@ def test_text_fits(model, size):
     )
     for figure in figures:
         renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)  # it places the names of rows
         boxes = [text.get_window_extent(renderer) for text in texts_on(figure)]
         for text, box in zip(texts_on(figure), boxes):
             assert min(box.x0, box.y0, figure.bbox.x1 - box.x1, figure.bbox.y1 - box.y1) >= 0, text
@@ -248,21 +278,19 @@ def test_strip_has_a_column_for_each_model(images):
     models = [create_model(), create_model(beta_discriminative=9.0)]
     models[1].backbone.fc.weight.data.neg_()
     figure = draw_epochs(models, ["first", "second"], images[:2], MEAN, STD, NAMES, titles=["a.jpg", "b.jpg"])
-    assert said(figure)[:2] == ["first", "second"]
-    assert {"a.jpg", "b.jpg", "response", *BRANCHES} <= set(said(figure))
-    panels = iter(figure.axes)
-    for image in images[:2]:
-        for each in models:
+    assert texts_of(figure)[:2] == ["first", "second"]
+    assert {"a.jpg", "b.jpg"} <= set(texts_of(figure))
+    assert row_names(figure) == ["response", *BRANCHES] * 2
+    for i, image in enumerate(images[:2]):
+        for column, each in enumerate(models):
             seen = each.explain(image[None])
-            response, *warped = (next(panels) for _ in range(3))
-            heat = seen.sample.response[None]
-            heat = torch.nn.functional.interpolate(heat, (64, 96), mode="bilinear", align_corners=True)[0, 0]
-            torch.testing.assert_close(shown(response, 1), heat)
+            response, *warped = figure.axes[6 * i + column:6 * (i + 1):2]
+            assert_overlaid(response, image, seen.sample.response[0])
             assert len(discs(response)[0]) == int(seen.sample.peaks.sum())
             for axes, branch in zip(warped, BRANCHES):
                 torch.testing.assert_close(shown(axes), pixels(getattr(seen.sample, branch).image[0]))
             label = int(seen.logits.joint.argmax())
-            assert any(line.startswith(NAMES[label]) for line in said(figure))
+            assert any(line.startswith(NAMES[label]) for line in texts_of(figure))
 
 
 def test_errors(model, images):
@@ -302,22 +330,12 @@ def weights(model, tmp_path_factory):
     return save(model, tmp_path_factory.mktemp("weights"), label_names=NAMES, data_config=config)
 
 
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("visualize_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def visualize(script, monkeypatch, tmp_path):
+def draw_files(tmp_path):
     """Run the script in this process, and list what it wrote below its output."""
     def call(*words):
         output = tmp_path / "out"
-        monkeypatch.setattr(sys, "argv", ["visualize.py", "--output", str(output), *map(str, words)])
-        script.main()
+        visualize.main(["--output", str(output), *map(str, words)])
         return sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
     return call
 
@@ -338,68 +356,84 @@ def test_script_draws_what_it_can_and_tells_the_rest(weights, tmp_path):
     assert [str(path) for path in written] == ["1-2.png", "1.png", "wren/1.png"]
     assert all(Image.open(birds / "pictures" / path).size[0] == 900 for path in written)
     (birds / "broken.jpg").unlink()
-    run(words)  # it does not draw its own pictures
+    visualize.main(list(map(str, words[2:])))  # it does not draw its own pictures
     assert len(list((birds / "pictures").rglob("*.*"))) == 3
 
 
-def test_images_are_not_overwritten(weights, visualize, tmp_path):
+def test_no_error_of_a_file_ends_the_others(weights, draw_files, tmp_path, monkeypatch, capsys):
+    birds = [save_bird(tmp_path / f"{i}.png", i) for i in range(3)]
+    prepare = Classifier.prepare
+
+    def fail(self, image):  # as Pillow does on odd EXIF blocks
+        if image == birds[1]:
+            raise AttributeError("'str' object has no attribute 'numerator'")
+        return prepare(self, image)
+
+    monkeypatch.setattr(Classifier, "prepare", fail)
+    with pytest.raises(ValueError, match="1 of 3 images"):
+        draw_files(*birds, "--weights", weights)
+    assert str(birds[1]) in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "2.png"]
+
+
+def test_images_are_not_overwritten(weights, draw_files, tmp_path):
     bird = save_bird(tmp_path / "out" / "bird.png")
     before = bird.read_bytes()
-    assert visualize(bird, "--weights", weights) == ["bird-2.png", "bird.png"]
+    assert draw_files(bird, "--weights", weights) == ["bird-2.png", "bird.png"]
     assert bird.read_bytes() == before
 
 
-def test_sheet_knows_labels_by_folders(script, visualize, weights, monkeypatch, tmp_path):
+def test_sheet_knows_labels_by_folders(draw_files, weights, monkeypatch, tmp_path):
     for i, name in enumerate(("robin", "wren", "others")):
         save_bird(tmp_path / "birds" / name / "a.png", i)
     calls = []
-    draw = script.draw_contact_sheet
-    monkeypatch.setattr(script, "draw_contact_sheet", lambda *args: calls.append(args) or draw(*args))
-    monkeypatch.setattr(script, "PER_SHEET", 2)
-    written = visualize(tmp_path / "birds", "--weights", weights, "--sheet", "--format", "pdf")
+    draw = visualize.draw_contact_sheet
+    monkeypatch.setattr(visualize, "draw_contact_sheet", lambda *args: calls.append(args) or draw(*args))
+    monkeypatch.setattr(visualize, "PER_SHEET", 2)
+    written = draw_files(tmp_path / "birds", "--weights", weights, "--sheet", "--format", "pdf")
     assert written == ["sheet-2.pdf", "sheet.pdf"]
     assert (tmp_path / "out" / "sheet.pdf").read_bytes().startswith(b"%PDF")
     assert [args[5:] for args in calls] == [([None, 1], ["others/a.png", "robin/a.png"]), ([0], ["wren/a.png"])]
 
 
-def test_several_weights_are_a_strip(script, visualize, weights, monkeypatch, tmp_path):
+def test_several_weights_are_a_strip(draw_files, weights, monkeypatch, tmp_path):
     folders = [tmp_path / "run" / f"epoch-{i}" / "last" for i in (1, 2, 10)]
     for i, folder in enumerate(folders):
         save(create_model(beta_discriminative=2.0 + i), folder, label_names=NAMES)
     birds = [save_bird(tmp_path / f"{i}.png", i) for i in range(3)]
     calls = []
-    draw = script.draw_epochs
-    monkeypatch.setattr(script, "draw_epochs", lambda *args: calls.append(args) or draw(*args))
-    assert visualize(*birds, "--max-images", 2, "--weights", *folders) == ["0.png", "1.png"]
-    assert [model.beta_discriminative.item() for model in calls[0][0]] == [2, 3, 4]
+    draw = visualize.draw_epochs
+    monkeypatch.setattr(visualize, "draw_epochs", lambda *args: calls.append(args) or draw(*args))
+    assert draw_files(*birds, "--max-images", 2, "--weights", *folders) == ["0.png", "1.png"]
+    assert [model.beta["discriminative"].item() for model in calls[0][0]] == [2, 3, 4]
     assert calls[0][1] == ["epoch-1", "epoch-2", "epoch-10"]
-    assert "strip.png" in visualize(*birds, "--sheet", "--weights", *folders)
+    assert "strip.png" in draw_files(*birds, "--sheet", "--weights", *folders)
     assert len(calls[-1][2]) == 3
     with pytest.raises(ValueError, match="differ in their data_config"):
-        visualize(birds[0], "--weights", folders[0], weights)
+        draw_files(birds[0], "--weights", folders[0], weights)
 
 
-def test_a_checkpoint_is_drawn_with_the_config_of_its_run(visualize, tmp_path):
+def test_a_checkpoint_is_drawn_with_the_config_of_its_run(draw_files, tmp_path):
     train("--epochs", 2, "--output", tmp_path / "run")
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert len(folders) == 2
     for folder in folders:
         shutil.copy(tmp_path / "run" / "last" / "config.json", folder)
-    assert visualize(save_bird(tmp_path / "bird.png"), "--weights", *folders) == ["bird.png"]
+    assert draw_files(save_bird(tmp_path / "bird.png"), "--weights", *folders) == ["bird.png"]
 
 
-def test_orientation_of_photographs(visualize, weights, tmp_path):
+def test_orientation_of_photographs(draw_files, weights, tmp_path):
     upright = save_bird(tmp_path / "upright.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # turn it a quarter clockwise to show it
     with Image.open(upright) as image:
         image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    visualize(upright, tmp_path / "turned.png", "--weights", weights)
+    draw_files(upright, tmp_path / "turned.png", "--weights", weights)
     pictures = [np.asarray(Image.open(tmp_path / "out" / name)) for name in ("upright.png", "turned.png")]
     assert np.array_equal(*pictures)
 
 
-def test_bad_arguments_are_told_before_anything_is_drawn(visualize, weights, tmp_path):
+def test_bad_arguments_are_told_before_anything_is_drawn(draw_files, weights, tmp_path):
     bird = save_bird(tmp_path / "birds" / "bird.png")
     (tmp_path / "empty").mkdir()
     plain = save(timm.create_model("test_resnet", num_classes=3), tmp_path / "plain")
@@ -413,5 +447,5 @@ def test_bad_arguments_are_told_before_anything_is_drawn(visualize, weights, tmp
         ("choose another", (bird.parent, "--weights", weights, "--output", bird.parent)),
     ):
         with pytest.raises((ValueError, OSError), match=message):
-            visualize(*words)
+            draw_files(*words)
     assert not list((tmp_path / "out").rglob("*.*"))

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 from torch import tensor
 
 import s3n_timm
 from s3n_timm import S3N, evaluation, find_peaks, partition_peaks, sampling_map, warp_grid
 from s3n_timm.data import PARTS, drawn_birds
+from s3n_timm.evaluation import Crop
 
 NAN = math.nan
 
@@ -66,13 +67,12 @@ def test_transform_points_finds_a_marked_pixel_again(height, width, x, y, img_si
     column, row = int(x * width), int(y * height)
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[row - 1:row + 2, column - 1:column + 2] = 255
-    side = img_size if isinstance(img_size, int) else (3, *img_size)
-    transform = create_transform(
-        side, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1),
-    )
-    seen = transform(Image.fromarray(pixels))[0].double()
+    given = dict(img_size=img_size) if isinstance(img_size, int) else dict(input_size=(3, *img_size))
+    given |= dict(crop_pct=crop_pct, crop_mode=crop_mode, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
+    config = resolve_data_config(given)
+    seen = create_transform(**config)(Image.fromarray(pixels))[0].double()
     points, kept = evaluation.transform_points(
-        tensor([[[column + 0.5, row + 0.5]]]), tensor([[height, width]]), img_size, crop_pct, crop_mode,
+        tensor([[[column + 0.5, row + 0.5]]]), tensor([[height, width]]), Crop.from_config(config),
     )
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     assert seen.shape == size
@@ -92,40 +92,40 @@ def test_transform_boxes_by_hand():
     # 400 × 200 pixels squashed to 100 × 100, of which the middle 80 × 80 is left: x/4 - 10, y/2 - 10
     sizes = tensor([[200, 400]]).expand(4, 2)
     boxes = tensor([[80.0, 40, 160, 120], [0, 0, 400, 200], [0, 0, 30, 200], [0, 190, 400, 200]])
-    moved, kept = evaluation.transform_boxes(boxes, sizes, 80, 0.8, "squash")
+    moved, kept = evaluation.transform_boxes(boxes, sizes, Crop((80, 80), 0.8, "squash"))
     assert_close(moved[:2], [[10.0, 10, 30, 50], [0, 0, 80, 80]])
     assert kept.tolist() == [True, True, False, False]
     # the short side to 100, the long one to 200: x/2 - 60, y/2 - 10
-    moved, kept = evaluation.transform_boxes(boxes, sizes, 80, 0.8, "center")
+    moved, kept = evaluation.transform_boxes(boxes, sizes, Crop((80, 80), 0.8))
     assert_close(moved[1], [0.0, 0, 80, 80])
     assert_close(moved[0], [0.0, 10, 20, 50])
     assert kept.tolist() == [True, True, False, False]
     assert ((moved >= 0) & (moved <= 80)).all()
     # the long side to 100, the short one to 50, padded to 80: x/4 - 10, y/4 + 15
-    moved, _ = evaluation.transform_boxes(boxes, sizes, 80, 0.8, "border")
+    moved, _ = evaluation.transform_boxes(boxes, sizes, Crop((80, 80), 0.8, "border"))
     assert_close(moved[1], [0.0, 15, 80, 65])
 
 
 def test_transform_takes_each_image_for_itself():
     sizes, boxes = tensor([[50, 100], [100, 50]]), tensor([[50.0, 25, 100, 50], [25, 50, 50, 100]])
-    moved, kept = evaluation.transform_boxes(boxes, sizes, 50, 1.0, "center")
+    moved, kept = evaluation.transform_boxes(boxes, sizes, Crop((50, 50), 1.0))
     assert_close(moved, [[25.0, 25, 50, 50], [25, 25, 50, 50]])
     assert kept.all()
-    points, kept = evaluation.transform_points(tensor([[[10.0, 10]], [[10, 30]]]), sizes, 50, 1.0)
+    points, kept = evaluation.transform_points(tensor([[[10.0, 10]], [[10, 30]]]), sizes, Crop((50, 50), 1.0))
     assert_close(points, [[[-15.0, 10]], [[10, 5]]])
     assert kept.tolist() == [[False], [True]]
 
 
 def test_transform_rejects_wrong_arguments():
     sizes = tensor([[50, 100]])
-    with pytest.raises(ValueError, match=r"crop_mode must be .*'crop'"):
-        evaluation.transform_boxes(torch.zeros(1, 4), sizes, 50, crop_mode="crop")
+    with pytest.raises(ValueError, match=r"mode must be .*'crop'"):
+        evaluation.transform_boxes(torch.zeros(1, 4), sizes, Crop((50, 50), mode="crop"))
     with pytest.raises(ValueError, match="sizes must be B×2"):
-        evaluation.transform_boxes(torch.zeros(1, 4), torch.ones(1, 3), 50)
+        evaluation.transform_boxes(torch.zeros(1, 4), torch.ones(1, 3), Crop((50, 50)))
     with pytest.raises(ValueError, match="boxes must be B×4"):
-        evaluation.transform_boxes(torch.zeros(2, 4), sizes, 50)
+        evaluation.transform_boxes(torch.zeros(2, 4), sizes, Crop((50, 50)))
     with pytest.raises(ValueError, match="points must be B×N×2"):
-        evaluation.transform_points(torch.zeros(1, 2), sizes, 50)
+        evaluation.transform_points(torch.zeros(1, 2), sizes, Crop((50, 50)))
 
 
 # peaks
@@ -155,7 +155,7 @@ def test_hits_by_hand():
         evaluation.count_hits(peaks, boxes[:2], (5, 9))
 
 
-def test_part_statistics_by_hand():
+def test_nearest_parts_by_hand():
     response = torch.zeros(4, 5, 5)  # cells at 0.5, 2.5, …, 8.5 of 9 × 9 pixels
     for row, column, value in ((0, 0, 0.9), (4, 4, 0.2), (0, 4, 0.5)):
         response[:2, row, column] = value
@@ -168,13 +168,13 @@ def test_part_statistics_by_hand():
         [near, far, low],  # the only peak goes to low twice
         [near, far, low],  # no peak
     ]).float()
-    counts = evaluation.part_statistics(response, peaks, parts, (9, 9))
-    assert counts.strongest.tolist() == [1, 0, 2]
-    assert counts.weakest.tolist() == [0, 2, 1]
+    strongest, weakest = evaluation.nearest_parts(response, peaks, parts, (9, 9))
+    assert strongest.tolist() == [0, 2, 2, -1]
+    assert weakest.tolist() == [1, 1, 2, -1]
     invisible = parts * tensor([1, 1, 0])
-    assert evaluation.part_statistics(response, peaks, invisible, (9, 9)).strongest.tolist() == [0, 0, 0]
+    assert evaluation.nearest_parts(response, peaks, invisible, (9, 9))[0].tolist() == [-1] * 4
     with pytest.raises(ValueError, match="parts must be B×P×3"):
-        evaluation.part_statistics(response, peaks, parts[..., :2], (9, 9))
+        evaluation.nearest_parts(response, peaks, parts[..., :2], (9, 9))
 
 
 # warps
@@ -231,7 +231,7 @@ def test_real_warps_compose_to_the_identity(size, beta, peaks):
     assert error[inner].max() < 0.02
     assert inner.float().mean() > 0.75
     # the other way round: what each pixel of the warped image shows is a shown pixel
-    reached = (evaluation._grid_to_pixels(grid, size)).floor().long().flatten(1, 2)
+    reached = (evaluation.grid_to_pixels(grid, size)).floor().long().flatten(1, 2)
     columns, rows = reached[..., 0].clamp_max(size[1] - 1), reached[..., 1].clamp_max(size[0] - 1)
     covered = torch.zeros_like(shown)
     for i in range(len(grid)):
@@ -286,7 +286,7 @@ def test_magnification_of_the_identity_is_one():
     grid = identity((32, 48), 2)
     assert_close(evaluation.magnification(grid), torch.ones(2, 32, 48), atol=1e-3)
     assert_close(evaluation.box_magnification(grid, tensor([[0.0, 0, 48, 32], [3, 4, 20, 10]])), [1.0, 1.0])
-    assert_close(evaluation.point_magnification(grid, tensor([[[0.5, 0.5]], [[20.0, 7]]])), [[1.0], [1.0]], atol=1e-3)
+    assert_close(evaluation.magnification(grid, tensor([[[0.5, 0.5]], [[20.0, 7]]])), [[1.0], [1.0]], atol=1e-3)
     assert evaluation.box_magnification(grid[:1], tensor([[3.0, 3, 3.2, 9]])).isnan().all()
 
 
@@ -297,7 +297,7 @@ def test_magnification_of_a_zoom_is_its_area_scale():
     assert (scale[:15] == 0).all()
     assert evaluation.box_magnification(grid, tensor([[20.0, 20, 45, 45]])).item() == pytest.approx(4, rel=0.05)
     points = tensor([[[32.5, 32.5], [20, 40], [3, 3]]])
-    assert_close(evaluation.point_magnification(grid, points), [[4.0, 4.0, 0.0]], atol=0.01)
+    assert_close(evaluation.magnification(grid, points), [[4.0, 4.0, 0.0]], atol=0.01)
     # one axis alone: twice the area
     assert evaluation.magnification(identity((65, 65)) * tensor([0.5, 1]))[0, 32, 32].item() == pytest.approx(2, 0.01)
 
@@ -315,9 +315,9 @@ def test_point_magnification_reads_the_map():
     grid = real_warps(size, 3.95, 5)
     points = tensor([[[20.5, 20.5], [40.5, 30.5]]]).expand(3, 2, 2)
     expected = evaluation.magnification(grid)[:, [20, 30], [20, 40]]
-    torch.testing.assert_close(evaluation.point_magnification(grid, points), expected, rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(evaluation.magnification(grid, points), expected, rtol=0.01, atol=1e-3)
     with pytest.raises(ValueError, match="points must be"):
-        evaluation.point_magnification(grid, points[0])
+        evaluation.magnification(grid, points[0])
     with pytest.raises(ValueError, match="boxes must be"):
         evaluation.box_magnification(grid, torch.zeros(1, 4))
 
@@ -350,8 +350,10 @@ def test_box_iou_and_localisation_by_hand():
     others = tensor([[2.0, 0, 4, 2], [1, 1, 3, 3], [2, 2, 4, 4], [0, 0, 0, 0], [0, 0, 2, 2]])
     assert_close(evaluation.box_iou(boxes, others), [0.5, 1 / 7, 0, 0, 1])
     correct = tensor([True, True, True, True, False])
-    assert evaluation.localisation_accuracy(boxes, others, correct).item() == pytest.approx(0.2)
-    assert evaluation.localisation_accuracy(boxes, others, correct, 0.1).item() == pytest.approx(0.4)
+    iou = evaluation.box_iou(boxes, others)
+    assert evaluation.localisation_accuracy(iou, correct).item() == pytest.approx(0.2)
+    assert evaluation.localisation_accuracy(iou, correct, 0.1).item() == pytest.approx(0.4)
+    assert evaluation.localisation_accuracy(iou[:0], correct[:0]).isnan()
 
 
 @settings(max_examples=30, deadline=None)
@@ -365,22 +367,24 @@ def test_box_iou_is_torchvisions(values):
     assert_close(evaluation.box_iou(boxes, others), box_iou(boxes, others).diagonal(), atol=1e-4)
 
 
-def test_localisation_map_adds_the_chosen_class():
+def test_localisation_maps_add_the_chosen_class():
     maps = {"original": torch.zeros(2, 3, 4, 4), "discriminative": torch.zeros(2, 3, 4, 4)}
     maps["original"][0, 1], maps["original"][1, 2] = 1.0, 2.0
     maps["discriminative"][0, 1], maps["discriminative"][1, 2] = 10.0, 20.0
     zoom = identity((33, 33), 2) / 2
-    total = evaluation.localisation_map(maps, {"discriminative": zoom}, tensor([1, 2]), (33, 33))
+    located = evaluation.localisation_maps(maps, {"discriminative": zoom}, tensor([1, 2]), (33, 33))
+    assert_close(located["discriminative"][:, 0, 16, 16], [10.0, 20.0])
+    total = located["joint"][:, 0]
     assert_close(total[:, 16, 16], [11.0, 22.0])
     assert_close(total[:, 2, 2], [1.0, 2.0])
     # a normalised constant map is 0
     ramp = torch.linspace(-3, 5, 4).expand(2, 3, 4, 4)
-    total = evaluation.localisation_map({"original": ramp}, {}, tensor([0, 0]), (7, 7), normalize=True)
-    assert_close(total[:, 3], torch.linspace(0, 1, 7).expand(2, 7))
+    located = evaluation.localisation_maps({"original": ramp}, {}, tensor([0, 0]), (7, 7))
+    assert_close(located["joint"][:, 1, 3], torch.linspace(0, 1, 7).expand(2, 7))
     with pytest.raises(ValueError, match="at least one branch"):
-        evaluation.localisation_map({}, {}, tensor([0, 0]), (7, 7))
+        evaluation.localisation_maps({}, {}, tensor([0, 0]), (7, 7))
     with pytest.raises(ValueError, match="'discriminative'"):
-        evaluation.localisation_map(maps, {"discriminative": zoom}, tensor([1, 2]), (32, 33))
+        evaluation.localisation_maps(maps, {"discriminative": zoom}, tensor([1, 2]), (32, 33))
 
 
 def test_localisation_of_what_a_model_saw():
@@ -391,7 +395,7 @@ def test_localisation_of_what_a_model_saw():
         seen = model.explain(images)
     grids = {name: getattr(seen.sample, name).grid for name in ("discriminative", "complementary")}
     classes = seen.logits.joint.argmax(1)
-    total = evaluation.localisation_map(seen.maps, grids, classes, (64, 64))
+    total = evaluation.localisation_maps(seen.maps, grids, classes, (64, 64))["joint"][:, 0]
     assert total.shape == (2, 64, 64)
     assert total.isfinite().all()
     boxes = evaluation.largest_region_box(total)
@@ -412,8 +416,8 @@ def birds(tmp_path_factory):
 def test_attention_at_a_part_of_a_bird_is_found_there(birds, part):
     stored_boxes, stored_parts = birds
     sizes = torch.full((len(stored_boxes), 2), 128)
-    boxes, kept = evaluation.transform_boxes(stored_boxes, sizes, 96, 1.0, "squash")
-    points, visible = evaluation.transform_points(stored_parts[..., :2], sizes, 96, 1.0, "squash")
+    boxes, kept = evaluation.transform_boxes(stored_boxes, sizes, Crop((96, 96), 1.0, "squash"))
+    points, visible = evaluation.transform_points(stored_parts[..., :2], sizes, Crop((96, 96), 1.0, "squash"))
     assert kept.all()
     assert visible.all()
     parts = torch.cat([points, visible[..., None]], dim=-1)
@@ -426,11 +430,10 @@ def test_attention_at_a_part_of_a_bird_is_found_there(birds, part):
     assert (peaks.sum((1, 2)) == 1).all()
     hits, total = evaluation.count_hits(peaks, boxes, (96, 96))
     assert evaluation.hit_rate(hits, total) == 1
-    expected = [len(boxes) * (i == part) for i in range(len(PARTS))]
-    counts = evaluation.part_statistics(response, peaks, parts, (96, 96))
-    assert counts.strongest.tolist() == counts.weakest.tolist() == expected
+    for nearest in evaluation.nearest_parts(response, peaks, parts, (96, 96)):
+        assert nearest.tolist() == [part] * len(boxes)
     grid = warp_grid(sampling_map(response, partition_peaks(response, peaks, "all")[0], 6.0), (96, 96))
-    assert (evaluation.point_magnification(grid, points[:, [part]]) > 1.5).all()
+    assert (evaluation.magnification(grid, points[:, [part]]) > 1.5).all()
     # a box elsewhere in the image has no hit
     away = torch.where((points[:, part] < 48).repeat(1, 2), 90.0, 2.0) + tensor([-2.0, -2, 2, 2])
     assert evaluation.hit_rate(*evaluation.count_hits(peaks, away, (96, 96))) == 0
@@ -567,7 +570,7 @@ def test_differences_cancel_what_models_share():
     # where the models differ on every image, what one does not gain it loses
     third = torch.arange(1000) % 3 == 0
     opposed = [2 * end - 1 for end in evaluation.bootstrap_interval(third)]
-    assert evaluation.bootstrap_difference(third, ~third) == pytest.approx(opposed, abs=1e-6)
+    assert evaluation.bootstrap_difference(third, ~third) == pytest.approx(opposed, abs=0.004)
     better = correct.clone()
     better[1:60:2] = True  # 30 gained, none lost
     low, high = evaluation.bootstrap_difference(better, correct)
@@ -583,7 +586,7 @@ def test_intervals_reject_wrong_arguments():
     with pytest.raises(ValueError, match=r"level must .* 95"):
         evaluation.bootstrap_interval(correct, level=95)
     with pytest.raises(ValueError, match="samples must"):
-        evaluation.bootstrap_interval(correct, samples=0)
+        evaluation.bootstrap_difference(correct, correct, samples=0)
     with pytest.raises(ValueError, match="both be N or S×N"):
         evaluation.bootstrap_difference(correct, correct[:2])
 
@@ -591,6 +594,6 @@ def test_intervals_reject_wrong_arguments():
 def test_importing_the_package_needs_neither_scipy_nor_torchmetrics():
     code = (
         "import sys; sys.modules['torchmetrics'] = None; import s3n_timm.evaluation as e; "
-        "assert 'scipy.ndimage' not in sys.modules"
+        "assert not {'scipy.ndimage', 'scipy.stats'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(s3n_timm.__file__).parents[1])

@@ -1,16 +1,28 @@
 """Runs of examples/train.py that are killed, stopped or resumed from damaged checkpoints."""
 
+import contextlib
+import csv
+import hashlib
 import json
+import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
-from scripts import ENVIRONMENT, SMALL, command, train, weights
+from scripts import ENVIRONMENT, SMALL, command, weights
+from scripts import train as train_in_processes
+from training import train
+
+from support import checkpoints, files, results  # isort: skip
 
 # three epochs of ten updates, the last of which find the partition changed and the averaged weights far from the live
 ARGS = ("--num-images", 96, "--epochs", 3, "--checkpoint-every", 2, "--model-ema", "--model-kwargs",
@@ -47,17 +59,17 @@ def kill_when(output, seen):
 
 def test_killed_at_random_moments_and_while_saving_it_ends_as_if_nothing_had_been(whole, tmp_path):
     output, draw = tmp_path / "run", random.Random(0)
-    checkpoints = output / "checkpoints"
+    folder = output / "checkpoints"
 
     def newest():
-        return max((int(path.name.split("-")[1]) for path in checkpoints.glob("update-*")), default=0)
+        return max((int(path.name.split("-")[1]) for path in folder.glob("update-*")), default=0)
 
     def saving(update):
-        return lambda: any(checkpoints.glob(f".update-{update}.partial/*"))
+        return lambda: any(folder.glob(f".update-{update}.partial/*"))
 
     assert kill_when(output, saving(4))  # in the middle of an epoch
     assert newest() == 2
-    assert (checkpoints / ".update-4.partial").is_dir()  # half of a checkpoint lies there and is not one
+    assert (folder / ".update-4.partial").is_dir()  # half of a checkpoint lies there and is not one
     assert kill_when(output, saving(10))  # after the first epoch
     for _ in range(2):
         since, wait = newest(), draw.uniform(0, 0.3)
@@ -71,38 +83,66 @@ def test_killed_at_random_moments_and_while_saving_it_ends_as_if_nothing_had_bee
         assert kill_when(output, later)
     assert not (output / "results.json").exists()
     text = train(*ARGS, "--output", output, "--resume", "--workers", 1)
-    assert f"Resumed from {checkpoints / 'update-'}" in text
+    assert f"Resumed from {folder / 'update-'}" in text
     assert_same_end(output, whole)
-    assert [path.name for path in sorted(checkpoints.iterdir())] == ["update-28", "update-30"]
+    assert [path.name for path in sorted(folder.iterdir())] == ["update-28", "update-30"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_exits_cleanly(tmp_path, processes):
-    args = ("--num-images", 96, "--epochs", 3, "--batch-size", 8 // processes)
-    train(*args, "--output", tmp_path / "whole", processes=processes)
+@pytest.mark.parametrize(("processes", "kind"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_saves_and_ends_cleanly(tmp_path, processes, kind):
+    args = ("--num-images", 96, "--epochs", 3, "--batch-size", 8 // processes, "--checkpoint-every", 2)
+    train_in_processes(*args, "--output", tmp_path / "whole", processes=processes)
     output = tmp_path / "run"
-    words = command("train.py", *SMALL, *args, "--output", output, processes=processes)
+    words = command("train.py", *SMALL, *args, "--workers", 1, "--output", output, processes=processes)
     with subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
             start_new_session=True,
     ) as run:
-        assert run.stdout is not None
-        text = ""
-        while "2/10" not in text:
-            character = run.stdout.read(1)
-            assert character, text
-            text += character
+        while run.poll() is None and not (output / "checkpoints" / "update-2").is_dir():
+            time.sleep(0.01)
         for worker in find_workers(run.pid, processes):
-            worker.send_signal(signal.SIGTERM)
-        text += run.stdout.read()
+            worker.send_signal(kind)
+            if kind == signal.SIGINT:  # a terminal sends it to the workers of the loaders as well
+                for child in worker.children():
+                    child.send_signal(kind)
+        text, _ = run.communicate()
     assert run.returncode == 0, text
-    assert "Stopped by SIGTERM" in text
+    assert "Traceback" not in text
+    assert f"Stopped by {'Ctrl-C' if kind == signal.SIGINT else 'SIGTERM'}" in text
     assert not (output / "results.json").exists()
-    (checkpoint,) = (output / "checkpoints").iterdir()
-    assert 2 <= int(checkpoint.name.split("-")[1]) < 10
-    train(*args, "--output", output, "--resume", processes=processes)
+    newest = max(int(path.name.partition("-")[2]) for path in (output / "checkpoints").iterdir())
+    assert 2 <= newest < 10
+    train_in_processes(*args, "--output", output, "--resume", processes=processes)
     ours, theirs = weights(output), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_evaluation_ends_it_and_the_epoch_is_kept(tmp_path, monkeypatch, kind):
+    args = ("--num-images", 96, "--val-fraction", 0.5, "--epochs", 2, "--output")
+    train(*args, tmp_path / "whole")
+    batches = []
+
+    def signalling(loader, **_):
+        for batch in loader:
+            if not batches:
+                os.kill(os.getpid(), kind)
+            batches.append(batch)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "show_progress", signalling)
+        text = train(*args, tmp_path / "run")
+    assert "Stopped by" in text
+    assert len(batches) < 6  # of the validation images
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["update-6"]
+    text = train(*args, tmp_path / "run", "--resume")
+    assert "Resumed from" in text
+    assert "after 0 epochs and 6 updates" in text
+    a, b = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for name in ("summary.csv",):
+        assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
 def find_workers(pid, processes):
@@ -126,40 +166,90 @@ def damage(kind, folder):
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     elif kind == "missing":
-        (folder / "custom_checkpoint_0.pkl").unlink()
+        (folder / "progress.json").unlink()
+    elif kind == "added":
+        (folder / "custom_checkpoint_0.pkl").write_bytes(b"")
+    elif kind == "pipe":
+        (folder / "optimizer.bin").unlink()
+        os.mkfifo(folder / "optimizer.bin")
     elif kind == "foreign":
         path = folder / "manifest.json"
         manifest = json.loads(path.read_text())
-        manifest["run"]["lr"] = 7
+        manifest["run"]["seed"] = 7
         path.write_text(json.dumps(manifest))
     else:
-        (folder / "manifest.json").write_text("{")
+        (folder / "manifest.json").write_text(kind)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("cut", "is torn: model.safetensors is not as it was written"),
-        ("changed", "is torn: optimizer.bin is not as it was written"),
-        ("missing", "is torn: custom_checkpoint_0.pkl is missing"),
-        ("foreign", "belongs to another run: lr was 7 and is 0.02"),
-        ("manifest", "has no readable manifest.json"),
+        ("cut", "is corrupt: hash mismatch of model.safetensors"),
+        ("changed", "is corrupt: hash mismatch of optimizer.bin"),
+        ("missing", "is corrupt: progress.json is missing"),
+        ("added", "is corrupt: custom_checkpoint_0.pkl is not in manifest.json"),
+        ("pipe", "is corrupt: optimizer.bin is not a regular file"),
+        ("foreign", "belongs to another run: seed was 7 and is 42"),
+        ("{", "has no readable manifest.json"),
+        ("[]", "its manifest.json was not written by this script"),
+        ('{"sha256": [], "run": {}}', "its manifest.json was not written by this script"),
+        ('{"sha256": {}, "run": null}', "its manifest.json was not written by this script"),
+        ('{"sha256": {}, "run": {}}', "is corrupt: ema.safetensors is not in manifest.json"),
     ],
 )
-def test_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_is_used(whole, tmp_path, kind, message):
+def test_damaged_checkpoint_is_refused_by_name(whole, tmp_path, kind, message):
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    damage(kind, tmp_path / "checkpoints" / "update-30")
+    held = json.loads((whole / "checkpoints" / "update-30" / "manifest.json").read_text())["run"]
+    found, (line,) = checkpoints.find_checkpoint(tmp_path, "auto", held)
+    assert found == tmp_path / "checkpoints" / "update-28"
+    assert f"{tmp_path / 'checkpoints' / 'update-30'} is refused: it" in line
+    assert message.removeprefix("it") in line
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(whole, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     (output / "results.json").unlink()
-    damage(kind, output / "checkpoints" / "update-30")
+    damage("cut", output / "checkpoints" / "update-30")
     text = train(*ARGS, "--output", output, "--resume")
-    assert f"{output / 'checkpoints' / 'update-30'} is refused: it {message}" in " ".join(text.split())
+    assert "update-30 is refused" in text
     assert f"Resumed from {output / 'checkpoints' / 'update-28'} after 2 epochs and 28 updates" in text
     assert_same_end(output, whole)
 
 
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "scheduler.bin",
+                                  "pytorch_model.bin"])
+def test_a_planted_checkpoint_runs_no_code(whole, tmp_path, name):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    planted, proof = output / "checkpoints" / "update-999", tmp_path / "proof"
+    shutil.copytree(output / "checkpoints" / "update-28", planted)
+    if name == "pytorch_model.bin":
+        (planted / "model.safetensors").unlink()
+    torch.save(Attack(proof), planted / name)
+    manifest = json.loads((planted / "manifest.json").read_text())
+    manifest["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                          for path in planted.iterdir() if path.name != "manifest.json"}
+    (planted / "manifest.json").write_text(json.dumps(manifest))
+    ends = name in ("scheduler.bin", "random_states_0.pkl")  # not read, or left as they are where they cannot be read
+    text = train(*ARGS, "--output", output, "--resume", planted, ok=ends)
+    assert not proof.exists()
+    assert "Traceback" not in text
+    assert ends or f"Checkpoint {planted} cannot be loaded" in text
+
+
 def test_checkpoints_of_another_run_are_refused(whole, tmp_path):
-    text = train(*ARGS, "--lr", 0.5, "--output", whole, "--resume", ok=False)
-    assert "belongs to another run: lr was 0.02 and is 0.5" in text
+    text = train(*ARGS, "--momentum", 0.5, "--output", whole, "--resume", ok=False)
+    assert "belongs to another run: momentum was 0.9 and is 0.5" in text
     assert "Traceback" not in text
     text = train(*ARGS, "--output", tmp_path / "run", "--resume", whole / "last", ok=False)
     assert f"--resume {whole / 'last'} is refused: it has no readable manifest.json" in text
@@ -176,3 +266,117 @@ def test_the_partition_phase_is_part_of_the_weights(whole):
     # the warm-up of one epoch lies behind them
     assert bool(load_file(whole / "last" / "model.safetensors")["partition_warm"])
     assert bool(load_file(whole / "ema" / "model.safetensors")["partition_warm"])
+
+
+def test_a_loss_that_is_not_finite_is_never_saved_and_its_remedies_may_change(tmp_path):
+    args = ("--epochs", 2, "--checkpoint-every", 1, "--checkpoint-hist", 9, "--output", tmp_path / "run")
+    text = train(*args, "--lr", 1e30, ok=False)
+    update = int(text.partition("at update ")[2].partition(":")[0])
+    assert "The loss became" in text
+    assert "Traceback" not in text
+    folders = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert f"update-{update}" not in folders
+    assert f"update-{update - 1}" not in folders  # another rate could not save its next update
+    assert f"diverged-update-{update - 1}" in folders
+    for path in (tmp_path / "run" / "checkpoints").glob("update-*"):
+        shutil.rmtree(path)
+    train(*args, "--lr", 1e-3, "--resume", "--epochs", 1)
+    text = train(*args, "--lr", 1e-4, "--clip-grad", 1, "--warmup-epochs", 1, "--resume")
+    assert "--lr was 0.001 and is 0.0001 from here on" in text
+    assert "--clip-grad was None and is 1.0" in text
+    assert "--warmup-epochs was 1 and is" not in text
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        assert [float(row["lr"]) < 1.1e-4 for row in csv.DictReader(file)][-1]
+
+
+def write_images(root):
+    for split, count in (("train", 8), ("test", 2)):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                color = (i * 30, 100 if split == "train" else 50, 200 if name == "a" else 0)
+                Image.new("RGB", (70, 70), color).save(root / split / name / f"{i}.png")
+    return root
+
+
+def test_images_that_changed_are_refused_and_a_moved_folder_is_not(tmp_path):
+    args = ("--dataset", "folder", "--recipe", "birds", "-b", 4, "--val-fraction", 0.25, "--output", tmp_path / "run")
+    data = write_images(tmp_path / "data")
+    train(*args, "--epochs", 1, "--data-dir", data)
+    moved = data.rename(tmp_path / "moved")
+    args = (*args, "--epochs", 2, "--data-dir", moved, "--resume")
+    image = moved / "train" / "a" / "3.png"
+    content = image.read_bytes()
+
+    image.unlink()
+    assert "its images are not those of now: train had 12 and has" in train(*args, ok=False)
+    image.with_name("name.png").write_bytes(content)
+    assert "but paths, order or labels have changed" in train(*args, ok=False)
+    image.with_name("name.png").rename(image)
+    Image.new("RGB", (70, 70), (1, 2, 3)).save(image.with_name("added.png"))
+    assert "its images are not those of now: train" in train(*args, ok=False)
+    image.with_name("added.png").unlink()
+    assert "after 1 epochs" in train(*args)
+
+
+def test_only_folders_named_as_ours_are_checkpoints(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in ("update-6-keep", "update-24 copy", "update-06", "update-x", "update-4", "update-24", "update-3"):
+        (folder / name).mkdir(parents=True)
+    (folder / "update-5").write_text("")
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["update-3", "update-4", "update-24"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = Accelerator.save_state
+
+    def save_on_a_full_disk(*args, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "save_state", save_on_a_full_disk)
+    try:
+        text = train("--epochs", 1, "--output", tmp_path / "run", ok=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "update-5 could not be written" in text
+    assert "Traceback" not in text
+
+
+def lock(folder, **owner):
+    folder.mkdir()
+    (folder / files.LOCK).write_text(json.dumps(files._describe_process() | owner))
+
+
+@pytest.mark.parametrize("owner", [{}, dict(host="elsewhere")], ids=["alive", "another host"])
+def test_a_folder_that_another_run_writes_is_refused(tmp_path, owner):
+    lock(tmp_path / "run", **owner)
+    text = train("--epochs", 1, "--output", tmp_path / "run", ok=False)
+    assert "is being written by process" in text
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [files.LOCK]
+
+
+@pytest.mark.parametrize("owner", [dict(pid=2**22 + 1), dict(started=1.0)], ids=["dead", "number used again"])
+def test_a_lock_whose_process_ended_is_taken_over(tmp_path, owner):
+    lock(tmp_path / "run", **owner)
+    (tmp_path / "run" / ".partial-1-abc.summary.csv").write_text("half")
+    with files.claimed(tmp_path / "run"):
+        with pytest.raises(ValueError, match="is being written by process"), files.claimed(tmp_path / "run"):
+            pass
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [files.LOCK]
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_writers_of_one_file_have_partial_files_of_their_own(tmp_path):
+    path = tmp_path / "a.txt"
+    with files.replacing_file(path) as first, files.replacing_file(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert first != second
+    assert path.read_text() == "first"
+    with contextlib.suppress(ZeroDivisionError), files.replacing_file(path) as partial:
+        partial.write_text("half")
+        raise ZeroDivisionError
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "first"

@@ -16,7 +16,7 @@ from scripts import ENVIRONMENT, command, run
 
 from s3n_timm import S3N, Classifier, save
 from s3n_timm.data import drawn_birds
-from s3n_timm.evaluation import magnified_boxes
+from s3n_timm.evaluation import Crop, magnified_boxes
 from s3n_timm.sampling import warp_grid
 
 NAMES = ["robin", "wren", "jay", "crow"]
@@ -96,12 +96,12 @@ def test_boxes_surround_what_is_magnified():
     x = torch.arange(31.0)
     q = 0.09 + torch.exp(-((x - 8).square()[:, None] + (x - 8).square()) / 8)[None]
     grid = warp_grid(q, (64, 64))
-    (box,) = magnified_boxes(grid, torch.tensor([[200, 400]]), 64, 1.0, "squash")
+    (box,) = magnified_boxes(grid, torch.tensor([[200, 400]]), Crop((64, 64), 1.0, "squash"))
     centre = ((box[0] + box[2]) / 2 / 400, (box[1] + box[3]) / 2 / 200)
     assert centre == pytest.approx((8 / 30, 8 / 30), abs=0.08)
     assert 0.1 < (box[2] - box[0]) / 400 < 0.6
     assert (box[2] - box[0]) / 400 == pytest.approx(((box[3] - box[1]) / 200).item(), abs=0.01)
-    flat = magnified_boxes(warp_grid(torch.ones(1, 31, 31), (64, 64)), torch.tensor([[200, 400]]), 64)
+    flat = magnified_boxes(warp_grid(torch.ones(1, 31, 31), (64, 64)), torch.tensor([[200, 400]]), Crop((64, 64)))
     assert flat.isnan().all()
 
 

@@ -93,13 +93,13 @@ def test_batch_norm_over_processes_is_exact_in_float64(name):
 
 
 def test_two_machines(alone, tmp_path):
-    config, output, port = EXAMPLES / "configs" / "multi_node.yaml", tmp_path / "run", free_port()
+    output, port = tmp_path / "run", free_port()
     machines = []
     for rank in range(2):
         words = [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2,
-            "--machine_rank", rank, "--main_process_ip", "127.0.0.1", "--main_process_port", port,
-            "--mixed_precision", "no", EXAMPLES / "train.py", *SMALL, *ARGS, "--freeze-bn", "--output", output,
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1,
+            "--master_addr", "127.0.0.1", "--master_port", port,
+            EXAMPLES / "train.py", *SMALL, *ARGS, "--freeze-bn", "--output", output,
         ]
         machines.append(subprocess.Popen(
             list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT))
@@ -140,3 +140,23 @@ def test_two_processes_train_every_parameter_and_count_every_image_once(tmp_path
     shares = [float(value) for name, value in row.items() if name.startswith("val_")]
     assert len(shares) == 8
     assert all(abs(share * 5 / 100 - round(share * 5 / 100)) < 1e-9 for share in shares)
+
+
+def test_a_process_that_is_alone_where_two_were_asked_for_says_so(tmp_path):
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+             str(EXAMPLES / "train.py"), *SMALL, "--output", str(tmp_path / "run")]
+    text = run(words, ok=False)
+    assert "this one was started alone" in text
+    assert "torchrun --nproc_per_node 2" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_sharded_checkpoints_are_refused(tmp_path):
+    config = (EXAMPLES / "configs" / "fsdp.yaml").read_text().replace("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+    (tmp_path / "fsdp.yaml").write_text(config)
+    words = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "fsdp.yaml",
+        "--num_processes", 2, "--mixed_precision", "no", Path(__file__).with_name("fsdp_on_cpu.py"),
+        EXAMPLES / "train.py", *SMALL, "--output", tmp_path / "run",
+    ]
+    assert "set fsdp_state_dict_type: FULL_STATE_DICT" in run(list(map(str, words)), ok=False)

@@ -1,8 +1,7 @@
-"""examples/train.py as its users run it: real processes, a small network, few drawn birds."""
+"""examples/train.py on a small network and few drawn birds."""
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,14 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import EXAMPLES, largest_difference, train, weights
+from scripts import EXAMPLES, command, largest_difference, run, weights
 
 import s3n_timm
+from s3n_timm.config import PRESETS
 
-sys.path.insert(0, str(EXAMPLES))
+from training import script, train  # isort: skip
 from accelerate import Accelerator
 from support.arguments import RECIPES, parse_args
-from train import create_model
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_answer_of_all_outputs_is_trained_chosen_and_kept(tmp_path):
     assert "mean" in json.loads((tmp_path / "run" / "results.json").read_text())["test_top1"]["best"]
     assert "mean" in text
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'best'}", pretrained=True)
-    assert model.answer == "mean"
+    assert model.config.answer == "mean"
     chosen = max(float(each["val_mean"]) for each in summary)
     best, last = weights(tmp_path / "run", "best"), weights(tmp_path / "run")
     is_last = all(torch.equal(best[name], last[name]) for name in best)
@@ -97,8 +96,9 @@ def test_summary_has_a_row_an_epoch_with_live_and_averaged_weights(trained):
         for branch in s3n_timm.S3NLogits._fields:
             assert {f"val_{branch}", f"val_{branch}_ema"} <= row.keys()
     assert text.count("averaged weights joint") == 2
-    for part in ("loss=", "lr=", "it/s", "<"):  # the bar: loss, rate, pace and time left
+    for part in ("loss=", "lr=", "<"):  # of the bar: loss, rate and time left
         assert part in text
+    assert text.count("epoch 1/2:") == 1  # in a log it is a line
 
 
 def test_averaged_weights_are_kept_beside_the_live_ones(trained):
@@ -143,7 +143,8 @@ def test_compiled_training_ends_at_the_eager_weights(tmp_path):
 
 def test_frozen_epochs_leave_the_backbone_as_it_was(tmp_path):
     train("--epochs", 2, "--freeze-epochs", 1, "--checkpoint-hist", 9, "--output", tmp_path / "run")
-    first, second = (load_file(tmp_path / "run" / "checkpoints" / f"update-{n}" / "model.safetensors") for n in (5, 10))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    first, second = (load_file(checkpoints / f"update-{n}" / "model.safetensors") for n in (5, 10))
     train("--epochs", 1, "--freeze-epochs", 1, "--lr", 1e-30, "--output", tmp_path / "start")
     start = weights(tmp_path / "start")
     frozen = [name for name in start if name.startswith("backbone.") and not name.startswith("backbone.fc")]
@@ -188,7 +189,7 @@ def test_plain_backbone_is_trained_as_a_baseline(tmp_path):
 
 def test_recipes_are_the_paper_s_and_the_original_s():
     for name in ("cub", "aircraft", "cars"):
-        for preset in s3n_timm.model.PRESETS:
+        for preset in PRESETS:
             args = parse_args(["--dataset", name, "--preset", preset])
             assert (args.backbone, args.img_size, args.batch_size, args.epochs) == ("resnet50", 448, 16, 60)
             assert (args.opt, args.momentum, args.weight_decay, args.lr) == ("sgd", 0.9, 1e-4, 0.01)
@@ -216,11 +217,27 @@ def test_paper_and_original_are_versions_of_the_data_set_s_recipe(dataset):
     assert parse_args(["--dataset", dataset, "--recipe", "birds", "--epochs", "3"]).epochs == 3
 
 
-def test_every_line_of_a_recipe_names_its_source():
-    for name in ("cub", "aircraft", "cars"):
-        for line in (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
-            if line.startswith("  "):
-                assert "#" in line, line
+def test_every_line_of_the_paper_s_recipe_names_its_source():
+    for line in (RECIPES / "cub.yaml").read_text(encoding="utf-8").splitlines():
+        if line.startswith("  "):
+            assert "#" in line, line
+
+
+def test_a_recipe_stands_on_its_base(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: cub\nshared: {epochs: 3}\noriginal: {decay_milestones: [2]}\n")
+    for preset, sched in (("paper", "constant"), ("original", "multistep")):
+        args = parse_args(["--recipe", str(path), "--preset", preset, "--output", str(tmp_path / "out")])
+        assert (args.epochs, args.lr, args.img_size, args.sched) == (3, 0.01, 448, sched)
+    assert args.decay_milestones == [2]
+    for content, message in (
+        ("base: nowhere\n", "has base 'nowhere'"), ("epochs: 3\n", "sections shared"), ("paper: {}\n", "no section"),
+        ("- a\n", "no section shared"), ("a: [\n", "is not YAML"),
+    ):
+        path.write_text(content)
+        with pytest.raises(SystemExit):
+            parse_args(["--recipe", str(path), "--output", str(tmp_path / "out")])
+        assert message in capsys.readouterr().err
 
 
 def test_recipe_of_one_s_own(tmp_path):
@@ -257,9 +274,13 @@ def test_image_folder(tmp_path):
         (["--epochs", "0"], "--epochs must be positive, got 0."),
         (["--clip-grad", "-1"], "--clip-grad must be positive, got -1.0."),
         (["--val-fraction", "1"], "--val-fraction must lie in [0, 1), got 1.0."),
-        (["--freeze-epochs", "99"], "--freeze-epochs must lie in 0 to --epochs 12, got 99."),
+        (["--freeze-epochs", "99"], "--freeze-epochs must lie in 0 to --epochs"),
         (["--pretrained-path", "/nowhere.safetensors"], "--pretrained-path /nowhere.safetensors is not a file."),
         (["--sched", "plateau"], "--sched plateau does not step by updates"),
+        (["--sched", "cosin"], "--sched cosin is unknown: did you mean cosine?"),
+        (["--opt", "adamww"], "--opt adamww is unknown: did you mean adamw?"),
+        (["--log-with", "tensorbord"], "--log-with tensorbord is unknown: did you mean tensorboard?"),
+        (["--log-with", "nonsense"], "--log-with nonsense is unknown: choose from"),
         (["--patience", "2", "--val-fraction", "0"], "--patience needs validation images"),
         (["--mixup", "0.2", "--batch-size", "7"], "--batch-size must be even, got 7."),
         (["--streaming"], "--streaming reads --dataset hub:NAME"),
@@ -288,9 +309,9 @@ def test_bad_arguments_are_refused_at_once(args, message, capsys):
         (["--backbone", "nonsense"], "nonsense"),
         (["--model-kwargs", '{"window": 4}'], "window must be a positive odd number"),
         (["--resume", "/nowhere"], "--resume /nowhere is refused: it has no readable manifest.json"),
+        (["--log-with", "swanlab"], "--log-with swanlab needs that tracker's package: pip install swanlab"),
         (["--batch-size", "64"], "An update reads 64 images"),
         (["--mixed-precision", "fp16"], "fp16 needs a GPU"),
-        (["--log-with", "nonsense"], "--log-with nonsense needs that tracker's package"),
         (["--lr", "1e30"], "The loss became"),
     ],
 )
@@ -322,5 +343,113 @@ def test_a_full_output_folder_is_not_overwritten(trained):
 
 def test_a_plain_baseline_starts_as_s3n_does():
     args = parse_args(["--backbone", "mobilenetv2_035", "--plain", "--output", "nowhere"])
-    classifier = create_model(args, 50, Accelerator(cpu=True)).get_classifier()
+    classifier = script.create_model(args, 50, Accelerator(cpu=True)).get_classifier()
     assert classifier.weight.detach().abs().max() * classifier.in_features**0.5 == pytest.approx(1, rel=0.02)
+
+
+# the loop
+
+
+def test_processes_exchange_once_an_update_and_the_host_waits_for_no_loss(tmp_path, monkeypatch):
+    events = []
+
+    def noting(owner, name, event):
+        original = getattr(owner, name)
+
+        def note(*args, **kwargs):
+            events.append(event)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, note)
+
+    noting(Accelerator, "backward", "backward")
+    noting(Accelerator, "reduce", "send")
+    noting(torch.Tensor, "tolist", "read")
+    noting(torch.Tensor, "item", "item")
+    monkeypatch.setattr(script, "finish_epoch", lambda *_: True)  # the loop alone
+    train("--epochs", 1, "--batch-size", 4, "--grad-accum-steps", 2, "--plain", "--output", tmp_path / "run")
+    events = events[events.index("backward"):]
+    events = [event for event in events if event != "item"] if "item" not in events[:3] else events
+    update = ["backward", "backward", "send"]
+    assert [event for event in events if event != "read"] == update * 5
+    assert events[:6] == update + update[:2] + ["send"]  # nothing is read before the second update is under way
+    assert events.count("read") >= 5
+
+
+def test_closing_weights_are_a_plain_model_too_and_a_picture_shows_what_is_seen(trained):
+    output, text = trained
+    plain = timm.create_model(f"local-dir:{output / 'backbone'}", pretrained=True).eval()
+    best = timm.create_model(f"local-dir:{output / 'best'}", pretrained=True).eval()
+    assert not isinstance(plain, s3n_timm.S3N)
+    image = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        best.set_branch_logits(True)
+        torch.testing.assert_close(plain(image), best(image).original)
+    assert plain.pretrained_cfg["input_size"] == (3, 64, 64)
+    with Image.open(output / "picture.png") as picture:
+        assert min(picture.size) > 200
+    assert str(output / "picture.png") in text
+    assert 0 <= json.loads((output / "results.json").read_text())["backbone_top1"] <= 100
+    assert "backbone/" in text
+
+
+def test_patience_counts_evaluated_epochs(tmp_path):
+    text = train("--epochs", 9, "--patience", 1, "--val-interval", 2, "--lr", 1e-12, "--output", tmp_path / "run")
+    assert "stopped early after 4 epochs" in text
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+# what is refused in one sentence
+
+
+def test_one_image_of_one_place_cannot_be_normalized(tmp_path):
+    args = ("--img-size", 32, "-b", 1, "--epochs", 1, "--num-images", 16, "--recipe", "birds",
+            "--model-kwargs", "{}", "--output", tmp_path / "run")
+    text = train(*args, ok=False)
+    assert "raise --batch-size" in text
+    assert "Traceback" not in text
+    train(*args, "--freeze-bn", "--resume")
+
+
+def test_one_class_is_refused(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (70, 70), (i * 20, 9, len(split))).save(tmp_path / split / "only" / f"{i}.png")
+    args = ("--dataset", "folder", "--data-dir", tmp_path, "--recipe", "birds", "--output", tmp_path / "out")
+    text = train(*args, ok=False)
+    assert "has one class, 'only'" in text
+
+
+def test_accumulation_steps_of_the_environment_must_agree(tmp_path):
+    steps = dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    text = train("--epochs", 1, "--output", tmp_path / "run", ok=False, **steps)
+    assert "make them agree" in text
+    train("--epochs", 1, "-b", 2, "--grad-accum-steps", 4, "--output", tmp_path / "run", **steps)
+
+
+def test_help_and_errors_in_a_terminal_of_another_encoding():
+    text = run(command("train.py", "--help"), PYTHONIOENCODING="cp1252")
+    assert "learning rate of newly initialized layers" in text
+    assert text.isascii()
+
+
+def test_output_that_cannot_be_written_is_found_before_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "load_splits", None)
+    (tmp_path / "file").write_text("")
+    assert "file/run cannot be written" in train("--output", tmp_path / "file" / "run", ok=False)
+    assert "is a file" in train("--output", tmp_path / "file", ok=False)
+    assert "cannot be written" in train("--output", "/proc/nowhere", ok=False)
+
+
+def test_workers_share_the_cores_of_a_machine(monkeypatch):
+    from support import arguments
+
+    monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda _: set(range(32)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert arguments.count_default_workers() == 8
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert arguments.count_default_workers() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert arguments.count_default_workers() == 1

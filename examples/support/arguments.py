@@ -1,20 +1,31 @@
-"""Flags of train.py, and the recipes that fill those which are left out."""
+"""Flags of train.py, and the recipes that give defaults to them."""
 
 import argparse
+import difflib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from accelerate.utils import LoggerType
+from support.files import LOCK
+from timm.optim import list_optimizers
 
 import s3n_timm
-from s3n_timm.model import ANSWERS, ATTENTIONS, BRANCH_SETS, PRESETS
+from s3n_timm.config import ANSWERS, BRANCH_SETS, PRESETS
+from s3n_timm.sampling import ATTENTIONS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
-# what may differ between a run and the one that goes on from its checkpoint
+# of timm.scheduler, which returns no scheduler at all for a name that it does not know; plateau steps by epochs
+SCHEDULES = ("constant", "cosine", "multistep", "poly", "rsqrt", "step", "tanh", "wsd")
+TRACKERS = tuple(str(name) for name in LoggerType)
+
+# what may differ between a run and the one that goes on from its checkpoint, without a change of what is learned
 FREE_TO_CHANGE = frozenset((
     "output", "resume", "recipe", "epochs", "patience", "workers", "verify", "cpu_threads", "data_dir",
     "pretrained_path", "checkpoint_every", "checkpoint_hist", "log_with", "val_interval",
@@ -22,84 +33,99 @@ FREE_TO_CHANGE = frozenset((
 ))
 
 
+def count_default_workers() -> int:
+    """Data loading workers: a GPU needs all cores of its process, a CPU trains on half of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+    return max(1, min(cores, 16) if torch.cuda.is_available() else cores // 2)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     on_off = argparse.BooleanOptionalAction
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", default="birds", help="birds, cub, aircraft, cars, folder, parquet or hub:NAME")
-    data.add_argument("--data-dir", help="folder of the data set; drawn birds and the Hub need none")
-    data.add_argument("--num-images", type=int, help="training images of drawn birds, or of an epoch of a stream")
-    data.add_argument("--num-classes", type=int, default=8, help="drawn birds: classes")
-    data.add_argument("--image-column", default="image", help="of parquet and the Hub")
-    data.add_argument("--label-column", default="label", help="of parquet and the Hub")
-    data.add_argument("--train-split", default="train", help="of the Hub")
-    data.add_argument("--val-split", help="of the Hub, in place of --val-fraction")
-    data.add_argument("--test-split", default="test", help="of the Hub")
-    data.add_argument("--streaming", action="store_true", help="read the Hub's images as they are needed")
-    data.add_argument("--shuffle-buffer", type=int, default=1000, help="images that a stream is shuffled among")
-    data.add_argument("--val-fraction", type=float, default=0.1, help="held out to choose the best epoch; 0: the last")
-    data.add_argument("--balanced", action="store_true", help="draw every class equally often")
-    data.add_argument("--verify", action=on_off, default=True, help="decode every image, and compare splits, first")
-    data.add_argument("-j", "--workers", type=int, default=max(1, min(4, (os.cpu_count() or 2) // 2)))
-    data.add_argument("-b", "--batch-size", type=int, help="per process")
-    data.add_argument("--img-size", type=int, metavar="PX")
-    data.add_argument("--crop-pct", type=float, help="centre crop of test images")
-    data.add_argument("--crop-mode", choices=("center", "squash", "border"), help="how test images are resized")
-    data.add_argument("--scale", type=float, nargs=2, metavar="PCT", help="random resize scale of training crops")
-    data.add_argument("--color-jitter", type=float, default=0.0, metavar="PCT")
-    data.add_argument("--reprob", type=float, default=0.0, metavar="PCT", help="random erasing")
-    data.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA")
-    data.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA")
+    data.add_argument("--data-dir", help="folder of the data set; not for birds and hub:NAME")
+    data.add_argument("--num-images", type=int, help="size of the drawn training set, or of a stream's epoch")
+    data.add_argument("--num-classes", type=int, default=8, help="classes of the drawn birds")
+    data.add_argument("--image-column", default="image", help="image column of parquet and hub data sets")
+    data.add_argument("--label-column", default="label", help="label column of parquet and hub data sets")
+    data.add_argument("--train-split", default="train", help="training split of a hub data set")
+    data.add_argument("--val-split", help="validation split of a hub data set, instead of --val-fraction")
+    data.add_argument("--test-split", default="test", help="test split of a hub data set")
+    data.add_argument("--streaming", action="store_true", help="stream a hub data set instead of downloading it")
+    data.add_argument("--shuffle-buffer", type=int, default=1000, help="images in a stream's shuffle buffer")
+    data.add_argument("--val-fraction", type=float, default=0.1,
+                      help="fraction of the training images held out for validation; with 0 the last epoch is kept")
+    data.add_argument("--balanced", action="store_true", help="sample all classes equally often, with replacement")
+    data.add_argument("--verify", action=on_off, default=True,
+                      help="decode all images and look for duplicates between splits before training")
+    data.add_argument("-j", "--workers", type=int, default=count_default_workers(),
+                      help="data loading workers per process")
+    data.add_argument("-b", "--batch-size", type=int, help="images per process and step")
+    data.add_argument("--img-size", type=int, metavar="PX", help="input size in pixels")
+    data.add_argument("--crop-pct", type=float, help="center crop of evaluation images, as a fraction")
+    data.add_argument("--crop-mode", choices=("center", "squash", "border"), help="timm's crop mode for evaluation")
+    data.add_argument("--scale", type=float, nargs=2, metavar="PCT", help="area range of random resized crops")
+    data.add_argument("--color-jitter", type=float, default=0.0, metavar="PCT", help="color jitter factor")
+    data.add_argument("--reprob", type=float, default=0.0, metavar="PCT", help="random erasing probability")
+    data.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mixup alpha; 0 is off")
+    data.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="CutMix alpha; 0 is off")
 
     model = parser.add_argument_group("model")
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    model.add_argument("--recipe", help=f"paper, original, {', '.join(names)} or a file; default: the data set's")
-    model.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="of the model and of the recipe")
-    model.add_argument("--backbone", help="any timm model with global average pooling and one classifier")
-    model.add_argument("--plain", action="store_true", help="train the backbone alone, a baseline")
-    model.add_argument("--pretrained", action=on_off, help="start from ImageNet weights")
-    model.add_argument("--pretrained-path", help="a file with those weights, or with S3N's, in place of the Hub")
-    model.add_argument("--branches", default="O+D+C", choices=BRANCH_SETS)
-    model.add_argument("--attention", default="sparse", choices=ATTENTIONS)
-    model.add_argument("--answer", default="joint", choices=ANSWERS, help="which output answers, and chooses the epoch")
+    model.add_argument("--recipe", help=f"paper, original, {', '.join(names)} or a YAML file (default: by --dataset)")
+    model.add_argument("--preset", choices=tuple(PRESETS), default="paper", help="preset of the model and its recipe")
+    model.add_argument("--backbone", help="any timm model with global average pooling and a single classifier")
+    model.add_argument("--plain", action="store_true", help="train the backbone alone, as a baseline")
+    model.add_argument("--pretrained", action=on_off, help="start from pretrained backbone weights")
+    model.add_argument("--pretrained-path", metavar="FILE", help="load pretrained weights from a file, not the Hub")
+    model.add_argument("--branches", default="O+D+C", choices=BRANCH_SETS, help="branches of S3N")
+    model.add_argument("--attention", default="sparse", choices=ATTENTIONS, help="what the sampling maps are made of")
+    model.add_argument("--answer", default="joint", choices=ANSWERS,
+                       help="output to predict with; its validation accuracy selects the best epoch")
     model.add_argument("--model-kwargs", type=json.loads, default={}, metavar="JSON", help="further arguments of S3N")
-    model.add_argument("--sync-bn", action="store_true", help="batch-norm statistics over all processes")
-    model.add_argument("--freeze-bn", action="store_true", help="keep the batch-norm statistics of the start")
-    model.add_argument("--channels-last", action=on_off, default=True)
-    model.add_argument("--grad-checkpointing", action="store_true", help="less memory for more computation")
-    model.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile with torch")
+    model.add_argument("--sync-bn", action="store_true", help="synchronize batch norm over all processes")
+    model.add_argument("--freeze-bn", action="store_true", help="keep batch norm in eval mode")
+    model.add_argument("--channels-last", action=on_off, default=True, help="channels-last memory format")
+    model.add_argument("--grad-checkpointing", action="store_true", help="trade computation for memory")
+    model.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile backend")
 
     train = parser.add_argument_group("training")
-    train.add_argument("--epochs", type=int)
-    train.add_argument("--opt", help="any optimizer of timm.optim")
-    train.add_argument("--momentum", type=float)
-    train.add_argument("--weight-decay", type=float)
-    train.add_argument("--lr", type=float, help="of new layers")
-    train.add_argument("--backbone-lr-scale", type=float, default=1.0, help="of the backbone and necks, to --lr")
-    train.add_argument("--beta-lr-scale", type=float, default=1.0, help="of β, to --lr")
-    train.add_argument("--layer-decay", type=float, help="factor of the rate from each layer to the one below it")
-    train.add_argument("--freeze-epochs", type=int, default=0, help="first epochs that leave the backbone as it is")
-    train.add_argument("--sched", help="any scheduler of timm.scheduler that steps by updates")
-    train.add_argument("--warmup-epochs", type=int, default=0)
-    train.add_argument("--decay-milestones", type=int, nargs="+", default=[], metavar="EPOCH")
-    train.add_argument("--smoothing", type=float, default=0.0, help="label smoothing of every output")
-    train.add_argument("--distillation", type=float, default=0.0, help="weight of learning from all outputs together")
-    train.add_argument("--grad-accum-steps", type=int, default=1)
-    train.add_argument("--clip-grad", type=float, metavar="NORM")
-    train.add_argument("--model-ema", action="store_true", help="average the weights, and evaluate both")
-    train.add_argument("--model-ema-decay", type=float, default=0.9998)
-    train.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: accelerate launch's")
-    train.add_argument("--val-interval", type=int, default=1, metavar="EPOCHS", help="between two evaluations")
-    train.add_argument("--patience", type=int, metavar="EPOCHS", help="stop after so many epochs without a better one")
-    train.add_argument("--seed", type=int, default=42)
+    train.add_argument("--epochs", type=int, help="epochs to train")
+    train.add_argument("--opt", help="optimizer, any of timm.optim.list_optimizers()")
+    train.add_argument("--momentum", type=float, help="momentum of the optimizer")
+    train.add_argument("--weight-decay", type=float, help="weight decay")
+    train.add_argument("--lr", type=float, help="learning rate of newly initialized layers")
+    train.add_argument("--backbone-lr-scale", type=float, default=1.0, help="factor of --lr for backbone and necks")
+    train.add_argument("--beta-lr-scale", type=float, default=1.0, help="factor of --lr for beta")
+    train.add_argument("--layer-decay", type=float, help="layer-wise learning rate decay")
+    train.add_argument("--freeze-epochs", type=int, default=0, metavar="EPOCHS",
+                       help="train only the new layers for the first epochs")
+    train.add_argument("--sched", help=f"learning rate schedule: {', '.join(SCHEDULES)}")
+    train.add_argument("--warmup-epochs", type=int, default=0, metavar="EPOCHS", help="linear warmup")
+    train.add_argument("--decay-milestones", type=int, nargs="+", default=[], metavar="EPOCH",
+                       help="epochs at which --sched multistep decays the rate")
+    train.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
+    train.add_argument("--distillation", type=float, default=0.0,
+                       help="weight of self-distillation from the mean of all outputs, as a detached teacher")
+    train.add_argument("--grad-accum-steps", type=int, default=1, metavar="STEPS", help="gradient accumulation")
+    train.add_argument("--clip-grad", type=float, metavar="NORM", help="maximum gradient norm")
+    train.add_argument("--model-ema", action="store_true", help="keep and evaluate a moving average of the weights")
+    train.add_argument("--model-ema-decay", type=float, default=0.9998, help="decay of that average")
+    train.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="(default: accelerate's setting)")
+    train.add_argument("--val-interval", type=int, default=1, metavar="EPOCHS", help="epochs between evaluations")
+    train.add_argument("--patience", type=int, metavar="EPOCHS", help="stop after this long without a better epoch")
+    train.add_argument("--seed", type=int, default=42, help="random seed")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--output", type=Path, default=Path("output/s3n"))
-    run.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on from a checkpoint, or the newest")
-    run.add_argument("--checkpoint-every", type=int, metavar="UPDATES", help="save within epochs as well")
-    run.add_argument("--checkpoint-hist", type=int, default=2, help="checkpoints to keep")
-    run.add_argument("--log-with", nargs="+", default=[], metavar="TRACKER", help="tensorboard, wandb, … of Accelerate")
-    run.add_argument("--cpu-threads", type=int, help="per process, on a CPU; default: all cores, shared evenly")
+    run.add_argument("--output", type=Path, default=Path("output/s3n"), help="folder for weights and results")
+    run.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
+                     help="continue from a checkpoint; without PATH from the newest in --output")
+    run.add_argument("--checkpoint-every", type=int, metavar="UPDATES", help="save within epochs, too")
+    run.add_argument("--checkpoint-hist", type=int, default=2, help="number of checkpoints to keep")
+    run.add_argument("--log-with", nargs="+", default=[], metavar="TRACKER", help=f"any of {', '.join(TRACKERS)}")
+    run.add_argument("--cpu-threads", type=int, help="threads per process on a CPU (default: all cores, shared evenly)")
 
     first = parser.parse_args(argv)
     if first.recipe in PRESETS:  # the data set's recipe in that version
@@ -118,19 +144,48 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _read_recipe(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """What the recipe's parts `shared` and `paper` or `original` say."""
+    """Defaults from the recipe's section `shared` and that of the preset."""
     own = RECIPES / f"{args.dataset}.yaml"
     name = args.recipe or (args.dataset if own.is_file() else "own")
     path = RECIPES / f"{name}.yaml"
     path = path if path.is_file() else Path(name)
     if not path.is_file():
         parser.error(f"--recipe {name} is neither a file nor one of {RECIPES}.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = _load_yaml(path, parser)
     recipe: dict[str, Any] = content["shared"] | content.get(args.preset, {})
     for key in recipe:
         if key not in vars(args):
             parser.error(f"{path} sets {key!r}, which is no flag of this script: see --help.")
     return recipe
+
+
+def _load_yaml(path: Path, parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
+    """A recipe's sections; those of the recipe that it names as `base` stand below its own."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"{path} is not YAML: {' '.join(str(error).split())}")
+    sections: dict[str, dict[str, Any]] = {}
+    own = dict(content) if isinstance(content, dict) else {}
+    if "base" in own:
+        base = RECIPES / f"{own.pop('base')}.yaml"
+        if not base.is_file() or base == path:
+            parser.error(f"{path} has base {base.stem!r}, which is none of the recipes in {RECIPES}.")
+        sections = _load_yaml(base, parser)
+    for name, section in own.items():
+        if name not in ("shared", *PRESETS) or not isinstance(section, dict):
+            parser.error(f"{path} may hold base: NAME and the sections shared, {', '.join(PRESETS)}; got {name}.")
+        sections[name] = sections.get(name, {}) | section
+    if "shared" not in sections:
+        parser.error(f"{path} has no section shared.")
+    return sections
+
+
+def _check_name(flag: str, name: str, known: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        advice = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}."
+        parser.error(f"{flag} {name} is unknown: {advice}")
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -147,7 +202,11 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if not 0 <= args.freeze_epochs <= args.epochs:
         parser.error(f"--freeze-epochs must lie in 0 to --epochs {args.epochs}, got {args.freeze_epochs}.")
     if args.sched in ("none", "plateau"):
-        parser.error(f"--sched {args.sched} does not step by updates: use constant, cosine, multistep, …")
+        parser.error(f"--sched {args.sched} does not step by updates: use one of {', '.join(SCHEDULES)}.")
+    _check_name("--sched", args.sched, SCHEDULES, parser)
+    _check_name("--opt", args.opt.lower().removeprefix("lookahead_"), list_optimizers(), parser)
+    for name in args.log_with:
+        _check_name("--log-with", name, TRACKERS, parser)
     if args.patience and not (args.val_fraction or args.val_split):
         parser.error("--patience needs validation images: give --val-fraction or --val-split.")
     if args.val_split and not args.dataset.startswith("hub:"):
@@ -166,13 +225,15 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.plain and args.answer != "joint":
         parser.error(f"--plain has one output: leave out --answer {args.answer}.")
     if args.plain and args.distillation:
-        parser.error("--plain has one output and nobody to learn from: leave out --distillation.")
-    if args.output.exists() and any(args.output.iterdir()) and not args.resume:
+        parser.error("--plain has one output and so no teacher: leave out --distillation.")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output} is a file: choose a folder.")
+    if args.output.exists() and not args.resume and any(path.name != LOCK for path in args.output.iterdir()):
         parser.error(f"--output {args.output} is not empty: add --resume to continue, or choose another folder.")
 
 
 def trajectory(args: argparse.Namespace, world_size: int) -> dict[str, Any]:
-    """What a checkpoint and the run that goes on from it must have in common, as JSON knows it."""
+    """What a checkpoint and the run that continues from it must have in common, in JSON's types."""
     kept = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     kept["images an update"] = args.batch_size * args.grad_accum_steps * world_size
     kept["s3n_timm"] = s3n_timm.__version__

@@ -1,23 +1,129 @@
-"""What counts as an image, and files that are never there in part."""
+"""Files that never exist in part, and folders that one run at a time writes to."""
 
+import json
+import os
+import secrets
+import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
+import psutil
 
-IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif")
+LOCK = ".lock"
+
+
+# files
+
+
+def synchronize_to_disk(path: Path) -> None:
+    """Return once the content of a file, or the entries of a folder, would survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A file to write to that takes the place of `path` once it is whole."""
-    partial = path.with_name(f".partial.{path.name}")  # the suffix stays: some writers look at it
-    yield partial
-    partial.replace(path)
+    """A temporary file to write to, which takes the place of `path` once it is complete and on disk."""
+    # the name is this writer's own; the suffix stays, because some writers derive the format from it
+    partial = path.with_name(f".partial-{os.getpid()}-{secrets.token_hex(4)}.{path.name}")
+    try:
+        yield partial
+        synchronize_to_disk(partial)
+        partial.replace(path)
+        synchronize_to_disk(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file that is either the old or the new one, whenever this process ends."""
+    """Write a text file atomically: a reader, or a crash, finds either the old content or the new one."""
     with replacing_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Put a complete folder in the place of another, which is deleted."""
+    for path in (*partial.rglob("*"), partial):
+        synchronize_to_disk(path)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    synchronize_to_disk(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# locks
+
+
+def _describe_process() -> dict[str, str | int | float]:
+    return dict(host=socket.gethostname(), pid=os.getpid(), started=psutil.Process().create_time())
+
+
+def _find_owner(lock: Path) -> str | None:
+    """Who holds a lock, in words; None if that process has ended."""
+    try:
+        owner = json.loads(lock.read_text(encoding="utf-8"))
+        host, pid, started = str(owner["host"]), int(owner["pid"]), float(owner["started"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return "an unknown process"  # perhaps just being written
+    if host == socket.gethostname():
+        try:
+            if abs(psutil.Process(pid).create_time() - started) > 1:
+                return None  # another process got the same number
+        except psutil.NoSuchProcess:
+            return None
+    return f"process {pid} on {host}"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other runs out of it until this block ends.
+
+    Raises:
+        ValueError: another run writes to the folder.
+        OSError: the folder cannot be written.
+    """
+    lock = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if lock.exists() and _find_owner(lock) is None:  # left by a process that was killed
+            _remove_stale(lock)
+        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        if not lock.exists():  # a file stands in the folder's place
+            raise OSError(f"{folder} cannot be written: it, or a folder that it lies in, is a file.") from None
+        raise ValueError(
+            f"{folder} is being written by {_find_owner(lock) or 'another run'}: wait until it ends or choose another "
+            f"folder. If that run is gone for certain, delete {lock}."
+        ) from None
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written: {error.strerror}.") from error
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(_describe_process(), file)
+    try:
+        for rest in folder.glob(".partial-*"):  # of writers that were killed
+            rest.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _remove_stale(lock: Path) -> None:
+    """Remove a stale lock, but not one that another run has meanwhile put in its place."""
+    aside = lock.with_name(f"{lock.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        lock.rename(aside)
+    except FileNotFoundError:
+        return
+    if _find_owner(aside) is not None:
+        os.link(aside, lock)
+    aside.unlink()

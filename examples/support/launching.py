@@ -1,53 +1,81 @@
-"""How the scripts start and end: processes, threads, and errors that the user can mend."""
+"""A script's beginning and end: processes, threads, signals, and errors that the user can mend."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 RANKS = ("LOCAL_RANK", "RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
-def start_all_processes() -> None:
-    """Become torchrun with all the processes that `accelerate launch --cpu --num_processes N` was asked for.
+def refuse_lone_process() -> None:
+    """Exit where `accelerate launch --cpu --num_processes N` started one process: it leaves the others to MPI.
 
-    On a CPU Accelerate leaves starting them to MPI: without it, it starts one process and says nothing.
+    What it sets for more than one process is MASTER_ADDR, without a rank.
     """
-    if "MASTER_ADDR" not in os.environ or any(name in os.environ for name in RANKS):
-        return  # one process was asked for, or all are there
-    command = psutil.Process(os.getppid()).cmdline()
-    launch = next((i for i, word in enumerate(command) if word.endswith("launch")), None)
-    if launch is None:
-        return
-    asked, _, _ = _validate_launch_command(launch_command_parser().parse_args(command[launch + 1:]))
-    if not asked.use_cpu or asked.mpirun_hostfile is not None:
-        return
-    where = ["--standalone"]  # on a port that is free
-    if asked.num_machines > 1:
-        where = [
-            "--nnodes", str(asked.num_machines), "--node_rank", str(asked.machine_rank or 0),
-            "--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"],
-        ]
-    each = ["--nproc_per_node", str(asked.num_processes // asked.num_machines)]
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *where, *each, *sys.argv])
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") and "ACCELERATE_MIXED_PRECISION" in \
+        os.environ and "MASTER_ADDR" in os.environ
+    if asked and not any(name in os.environ for name in RANKS):
+        script = sys.argv[0]
+        sys.exit(
+            f"{Path(script).name}: several processes were asked for, but this one was started alone. On CPUs type "
+            f"torchrun --nproc_per_node 2 {script} … instead of accelerate launch; for one process unset MASTER_ADDR."
+        )
 
 
 def use_cpu_threads(threads: int | None, accelerator: Accelerator) -> None:
-    """Share the cores among the processes of a CPU: `accelerate launch` leaves a process one thread."""
+    """Share the cores among the processes of a CPU: launchers leave a process one thread."""
     if accelerator.device.type == "cpu":
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
 
 
+def accept_any_encoding() -> None:
+    """Print a substitute for characters that the terminal's encoding lacks, in place of ending in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+class StopSignal:
+    """Within `with`, SIGTERM and Ctrl-C set a flag in place of ending the process; a second Ctrl-C ends it.
+
+    Attributes:
+        name: what asked this process to stop; None so far.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __enter__(self) -> "StopSignal":
+        kinds = signal.SIGTERM, signal.SIGINT  # SIGTERM is how a cluster announces that it takes the machine away
+        self._before = {kind: signal.signal(kind, self._receive) for kind in kinds}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+    def _receive(self, kind: int, _: FrameType | None) -> None:
+        if self.name is not None and kind == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = "Ctrl-C" if kind == signal.SIGINT else signal.Signals(kind).name
+
+
 @contextmanager
-def exiting_on(*kinds: type[Exception]) -> Iterator[None]:
+def exiting_on(*kinds: type[BaseException]) -> Iterator[None]:
     """End with the message alone of errors that the user can mend; all others keep their traceback."""
     try:
         yield
     except kinds as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        lines = str(error).strip().splitlines() or ["interrupted." if isinstance(error, KeyboardInterrupt) else
+                                                    type(error).__name__]
+        # what a worker of a DataLoader raised comes with its traceback as text, the message last
+        text = lines[-1].partition(": ")[2] if "Original Traceback" in str(error) else "\n".join(lines)
+        sys.exit(f"{Path(sys.argv[0]).name}: {text}")

@@ -1,7 +1,7 @@
-"""Evaluation of a model in two steps: what is kept of each image of a batch, and the figures of a whole split.
+"""Evaluation of a model in two steps: what is kept of each image of a batch, and the metrics of a whole split.
 
-`measure_batch` gives one row an image, so that rows of several processes can be put together before `summarise` makes
-figures of them. Rows hold the joint logits and scalars, never a map or an image.
+`measure_batch` gives one row per image, so that rows of several processes can be put together before `summarize` makes
+metrics of them. Rows hold logits and scalars, never a map or an image.
 """
 
 import math
@@ -14,13 +14,18 @@ from torch import Tensor, nn
 from ..model import S3N
 from ..outputs import mean_answer
 from ..response import resize_maps
-from . import measures as evaluation
+from .geometry import Crop, transform_boxes, transform_points
+from .localisation import box_iou, largest_region_box, localisation_accuracy, localisation_maps
+from .peaks import count_hits, hit_histogram, hit_rate, nearest_parts
+from .statistics import bootstrap_interval, calibration_error, fit_temperature, nll
+from .warps import background_magnification, box_magnification, magnification
 
 OUTPUTS = ("joint", "mean", "original", "discriminative", "complementary")
 UNITS = (
     "accuracies, rates, shares, their intervals and the calibration error in %; log likelihood and entropy in nats; "
     "magnification in areas of the warped image per area of the input; counts as such"
 )
+INTERVAL = "95 %, percentile bootstrap over images by its exact binomial quantiles"
 CALIBRATION = (
     "temperature fitted by cross-fitting on the evaluated images themselves: on each half of them, chosen by the seed, "
     "and applied to the other half"
@@ -29,31 +34,24 @@ CALIBRATION = (
 Records = Mapping[str, Tensor]
 
 
-def carry_annotations(
-        batch: Records,
-        img_size: int | Sequence[int],
-        crop_pct: float | None = None,
-        crop_mode: str | None = None,
-) -> dict[str, Tensor]:
+def carry_annotations(batch: Records, crop: Crop) -> dict[str, Tensor]:
     """Carry a batch's boxes and parts from the stored images into the model's input.
 
     Args:
         batch: `sizes` B×2 (height, width) of the stored images in pixels, and where they are annotated `box` B×4 and
             `parts` B×P×3 (x, y, visible) in pixels of those images; the rest is passed on.
-        img_size: side, or (height, width), of the model's input in pixels.
-        crop_pct: as for `evaluation.transform_points`.
-        crop_mode: as for `evaluation.transform_points`.
+        crop: the model's.
 
     Returns:
         The batch with `box` and `parts` in pixels of the input, `boxed` B: something of the box is left, and
         `part_visible` B×P: the part is visible in the stored image. A part outside the input is no longer visible in
         `parts`.
     """
-    moved, geometry = dict(batch), (batch["sizes"], img_size, crop_pct, crop_mode)
+    moved = dict(batch)
     if "box" in batch:
-        moved["box"], moved["boxed"] = evaluation.transform_boxes(batch["box"], *geometry)
+        moved["box"], moved["boxed"] = transform_boxes(batch["box"], batch["sizes"], crop)
     if "parts" in batch:
-        points, inside = evaluation.transform_points(batch["parts"][..., :2], *geometry)
+        points, inside = transform_points(batch["parts"][..., :2], batch["sizes"], crop)
         moved["part_visible"] = batch["parts"][..., 2] > 0
         measured = (moved["part_visible"] & inside)[..., None]
         moved["parts"] = torch.cat([points, measured.to(points)], dim=-1)
@@ -61,7 +59,7 @@ def carry_annotations(
 
 
 def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
-    """Run a model on a batch and keep what figures need, one row an image.
+    """Run a model on a batch and keep what metrics need, one row per image.
 
     Args:
         model: an S3N, or any model that gives B×C logits; in eval mode.
@@ -107,26 +105,25 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
         box = batch["box"]
         # the class is the model's, also where a branch alone would choose another
         maps = {branch: of_classes for branch, of_classes in seen.maps.items() if branch in outputs}
-        located = evaluation.localisation_maps(maps, grids, records["prediction_answer"], size)
-        located["joint"] = torch.stack(list(located.values())).sum(0)
+        located = localisation_maps(maps, grids, records["prediction_answer"], size)
         for name, both in located.items():
             for kind, found in zip(("iou", "normalized_iou"), both.unbind(1)):
-                records[f"{kind}_{name}"] = evaluation.box_iou(evaluation.largest_region_box(found), box)
+                records[f"{kind}_{name}"] = box_iou(largest_region_box(found), box)
         for branch, grid in grids.items():
-            records[f"object_{branch}"] = evaluation.box_magnification(grid, box)
-            records[f"background_{branch}"] = evaluation.background_magnification(grid, box)
+            records[f"object_{branch}"] = box_magnification(grid, box)
+            records[f"background_{branch}"] = background_magnification(grid, box)
         if peaks is not None:
-            records["hits"], _ = evaluation.count_hits(peaks, box, size)
+            records["hits"], _ = count_hits(peaks, box, size)
     if "parts" in batch:
         parts, points = batch["parts"], batch["parts"][..., :2]
         # a warp that is clamped fills a place of any size with the border's pixels: there a point has no scale
         bounds = points.new_tensor([size[1] - 1, size[0] - 1])
         at_edge = ((points < 1) | (points > bounds)).any(-1)
         for branch, grid in grids.items():
-            scales = evaluation.point_magnification(grid, points)
+            scales = magnification(grid, points)
             records[f"part_magnification_{branch}"] = scales.masked_fill(at_edge & (scales > 0), math.nan)
         if peaks is not None and sample is not None:
-            strongest, weakest = evaluation.nearest_parts(sample.response, peaks, parts, size)
+            strongest, weakest = nearest_parts(sample.response, peaks, parts, size)
             records |= dict(strongest=strongest, weakest=weakest)
     return records
 
@@ -135,7 +132,7 @@ def _resize_grid(grid: Tensor, size: Sequence[int]) -> Tensor:
     return resize_maps(grid.movedim(-1, 1), (size[0], size[1])).movedim(1, -1)
 
 
-# figures of a split
+# metrics of a split
 
 
 def as_plain(value: Any) -> Any:
@@ -149,24 +146,22 @@ def as_plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summarise(
+def summarize(
         records: Records,
         part_names: Sequence[str] = (),
         seed: int = 0,
-        samples: int = 10_000,
         exit_entropy: float | None = None,
 ) -> dict[str, Any]:
-    """Make the figures of a split from the rows of its images.
+    """Make the metrics of a split from the rows of its images.
 
     Args:
         records: rows of `measure_batch`, those of all batches put together.
         part_names: a name for each part.
-        seed: of the bootstrap and of the halves that calibrate each other.
-        samples: number of bootstrap samples.
-        exit_entropy: threshold of `s3n_timm.early_exit.predict`; what it does is told as `early_exit`.
+        seed: of the halves that calibrate each other.
+        exit_entropy: threshold of `s3n_timm.early_exit.predict`, whose effect is reported as `early_exit`.
 
     Returns:
-        A nested dict of numbers, lists and None, for a figure that does not exist, in the units of `UNITS`:
+        A nested dict of numbers, lists and None, for a metric that does not exist, in the units of `UNITS`:
         `accuracy`, `calibration`, and where the model and the data have them `early_exit`, `peaks`, `boxes`, `hits`,
         `localisation`, `magnification` and `parts`.
 
@@ -178,27 +173,24 @@ def summarise(
         raise ValueError("records must hold at least one image.")
     if not logits.isfinite().all():
         raise ValueError("The model gives logits that are not finite: its training diverged, take other weights.")
-    figures: dict[str, Any] = dict(
-        accuracy=_accuracy(records, seed, samples),
-        calibration=_calibration(logits, label, seed),
-    )
+    metrics: dict[str, Any] = dict(accuracy=_accuracy(records), calibration=_calibration(logits, label, seed))
     if exit_entropy is not None:
-        figures["early_exit"] = _early_exit(records, exit_entropy)
+        metrics["early_exit"] = _early_exit(records, exit_entropy)
     if "peaks" in records:
-        figures["peaks"] = _peaks(records["peaks"])
+        metrics["peaks"] = _peaks(records["peaks"])
     if "boxed" in records:
         boxed = records["boxed"]
-        figures["boxes"] = dict(measured=int(boxed.sum()), cropped_away=int((~boxed).sum()))
+        metrics["boxes"] = dict(measured=int(boxed.sum()), cropped_away=int((~boxed).sum()))
     if "hits" in records:
-        figures["hits"] = _hits(records)
+        metrics["hits"] = _hits(records)
     if "iou_joint" in records:
-        figures["localisation"] = _localisation(records)
+        metrics["localisation"] = _localisation(records)
     magnified = _magnification(records)
     if magnified:
-        figures["magnification"] = magnified
+        metrics["magnification"] = magnified
     if "part_measured" in records:
-        figures["parts"] = _parts(records, part_names)
-    return as_plain(figures)
+        metrics["parts"] = _parts(records, part_names)
+    return as_plain(metrics)
 
 
 def _mean(values: Tensor) -> float:
@@ -209,20 +201,19 @@ def _outputs(records: Records, prefix: str) -> list[str]:
     return [name for name in OUTPUTS if prefix + name in records]
 
 
-def _accuracy(records: Records, seed: int, samples: int) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+def _accuracy(records: Records) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
     for name in _outputs(records, "prediction_"):
         correct = dict(top1=records[f"prediction_{name}"] == records["label"], top5=records[f"top5_{name}"])
-        figures[name] = {}
+        metrics[name] = {}
         for kind, right in correct.items():
-            interval = evaluation.bootstrap_interval(right, samples=samples, seed=seed)
-            figures[name][kind] = 100 * _mean(right)
-            figures[name][f"{kind}_interval"] = [100 * end for end in interval]
-    return figures
+            metrics[name][kind] = 100 * _mean(right)
+            metrics[name][f"{kind}_interval"] = [100 * end for end in bootstrap_interval(right)]
+    return metrics
 
 
 def _early_exit(records: Records, exit_entropy: float) -> dict[str, Any]:
-    """What `predict` answers, and how often the backbone reads an image of the size that it takes, on average."""
+    """What early exit predicts, and how often the backbone reads an image on average."""
     if "entropy" not in records:
         raise ValueError("exit_entropy needs an S3N with the O branch.")
     exits, label = records["entropy"] < exit_entropy, records["label"]
@@ -238,7 +229,7 @@ def _early_exit(records: Records, exit_entropy: float) -> dict[str, Any]:
 
 
 def cross_calibrate(logits: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, list[float]]:
-    """Divide the logits of each half of the images by the temperature that suits the other half.
+    """Divide the logits of each half of the images by the temperature fitted on the other half.
 
     Args:
         logits: B×C.
@@ -257,22 +248,22 @@ def cross_calibrate(logits: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tens
     halves = order.tensor_split(2)
     calibrated, temperatures = logits.clone(), []
     for half, other in (halves, halves[::-1]):
-        temperatures.append(evaluation.fit_temperature(logits[other], labels[other]))
+        temperatures.append(fit_temperature(logits[other], labels[other]))
         calibrated[half] = logits[half] / temperatures[-1]
     return calibrated, temperatures
 
 
 def _calibration(logits: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
     def errors(scores: Tensor) -> tuple[float, float]:
-        return evaluation.nll(scores, labels).item(), 100 * evaluation.calibration_error(scores, labels).item()
+        return nll(scores, labels).item(), 100 * calibration_error(scores, labels).item()
 
     loss, error = errors(logits)
-    figures: dict[str, Any] = dict(nll=loss, ece=error, nll_calibrated=None, ece_calibrated=None, temperatures=None)
+    metrics: dict[str, Any] = dict(nll=loss, ece=error, nll_calibrated=None, ece_calibrated=None, temperatures=None)
     if len(labels) > 1:
         calibrated, temperatures = cross_calibrate(logits, labels, seed)
         loss, error = errors(calibrated)
-        figures |= dict(nll_calibrated=loss, ece_calibrated=error, temperatures=temperatures)
-    return dict(figures, method=CALIBRATION)
+        metrics |= dict(nll_calibrated=loss, ece_calibrated=error, temperatures=temperatures)
+    return dict(metrics, method=CALIBRATION)
 
 
 def _peaks(peaks: Tensor) -> dict[str, Any]:
@@ -289,23 +280,23 @@ def _hits(records: Records) -> dict[str, Any]:
     hits, peaks = (records[name][records["boxed"]] for name in ("hits", "peaks"))
     return dict(
         images=int((peaks > 0).sum()),
-        rate=100 * evaluation.hit_rate(hits, peaks),
+        rate=100 * hit_rate(hits, peaks),
         mean=_mean(hits),
-        histogram=evaluation.hit_histogram(hits),
+        histogram=hit_histogram(hits),
     )
 
 
 def _localisation(records: Records) -> dict[str, Any]:
     boxed = records["boxed"]
     correct = (records["prediction_answer"] == records["label"])[boxed]
-    figures: dict[str, Any] = dict(images=int(boxed.sum()))
+    metrics: dict[str, Any] = dict(images=int(boxed.sum()))
     for name in _outputs(records, "iou_"):
-        figures[name] = {}
+        metrics[name] = {}
         for kind in ("", "normalized_"):
             iou = records[f"{kind}iou_{name}"][boxed]
-            figures[name][f"{kind}accuracy"] = 100 * _mean(correct & (iou >= 0.5))
-            figures[name][f"{kind}iou"] = _mean(iou)
-    return figures
+            metrics[name][f"{kind}accuracy"] = 100 * localisation_accuracy(iou, correct).item()
+            metrics[name][f"{kind}iou"] = _mean(iou)
+    return metrics
 
 
 def _spread(values: Tensor) -> dict[str, Any]:
@@ -316,16 +307,16 @@ def _spread(values: Tensor) -> dict[str, Any]:
 
 
 def _magnification(records: Records) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for kind in ("object", "background"):
         for branch in _outputs(records, f"{kind}_"):
-            figures.setdefault(branch, {})[kind] = _spread(records[f"{kind}_{branch}"][records["boxed"]])
+            metrics.setdefault(branch, {})[kind] = _spread(records[f"{kind}_{branch}"][records["boxed"]])
     for branch in _outputs(records, "part_magnification_"):
         scales = records[f"part_magnification_{branch}"].double()
         # NaN for an image without a part to measure
         of_image = scales.where(records["part_measured"], math.nan).nanmean(1)
-        figures.setdefault(branch, {})["parts"] = _spread(of_image)
-    return figures
+        metrics.setdefault(branch, {})["parts"] = _spread(of_image)
+    return metrics
 
 
 def _parts(records: Records, names: Sequence[str]) -> dict[str, Any]:

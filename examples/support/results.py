@@ -1,0 +1,114 @@
+"""Evaluation, and what a run leaves at its end: results, the plain backbone, a picture and a table."""
+
+import json
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from support.checkpoints import explaining_output, replacing
+from support.files import replace_text, replacing_file
+from support.loaders import create_eval_loader
+from support.progress import progress as show_progress
+from support.run import Run, unwrap
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+
+import s3n_timm
+from s3n_timm import S3N
+from s3n_timm.draw import draw_explanation
+
+
+@torch.inference_mode()
+def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[str, float] | None:
+    """Top-1 accuracy in % of every output, each image counted once; None where a signal stopped it."""
+    accelerator = run.accelerator
+    model.eval()
+    bare = unwrap(model, accelerator)
+    if isinstance(bare, S3N):
+        bare.set_branch_logits(True)
+    names: list[str] = []
+    hits: list[Tensor] = []
+    for batch in show_progress(loader, desc=desc, disable=not accelerator.is_main_process, leave=False):
+        with accelerator.autocast():
+            output = model(batch["image"])
+        known = dict(joint=output)
+        if isinstance(bare, S3N):
+            known = output._asdict() | {bare.config.answer: bare.decide(output)}
+        known = {name: logits for name, logits in known.items() if logits is not None}
+        names = list(known)
+        columns = [logits.argmax(1) == batch["label"] for logits in known.values()]
+        columns.append(torch.full_like(columns[0], run.stop.name is not None))
+        hits.append(accelerator.gather_for_metrics(torch.stack(columns, 1)))
+        if len(hits) > 1 and hits[-2][:, -1].any():  # one batch late, as in training
+            return None
+    if isinstance(bare, S3N):
+        bare.set_branch_logits(None)
+    means = 100 * torch.cat(hits)[:, :-1].double().mean(0)
+    return dict(zip(names, means.tolist()))
+
+
+def export_backbone(run: Run, test: Any) -> dict[str, float] | None:
+    """Write the O branch of the best weights as a plain timm model; its accuracy as others will load it.
+
+    None where the network has no O branch, or a signal stopped the evaluation.
+    """
+    best = timm.create_model(f"local-dir:{run.args.output / 'best'}", pretrained=True)
+    if not isinstance(best, S3N) or "O" not in best.config.branches:
+        return None
+    with replacing(run.args.output / "backbone", run.accelerator) as folder:
+        if run.accelerator.is_main_process:
+            s3n_timm.save(s3n_timm.extract_backbone(best), folder, label_names=run.names, data_config=None)
+    plain = timm.create_model(f"local-dir:{run.args.output / 'backbone'}", pretrained=True)
+    transform = create_transform(**resolve_data_config({}, model=plain))
+    loader = create_eval_loader(test, transform, run.args, run.accelerator)
+    return evaluate(run, plain.to(run.accelerator.device), loader, desc="test, backbone")
+
+
+def draw_picture(run: Run, test: Any, transform: Any) -> None:
+    """Draw what the best weights see in the first test image."""
+    model = timm.create_model(f"local-dir:{run.args.output / 'best'}", pretrained=True).eval()
+    if not isinstance(model, S3N) or model.config.attention != "sparse" or not model.warped:
+        return
+    image = transform(next(iter(test))["image"].convert("RGB"))
+    figure = draw_explanation(model, image, run.data_config["mean"], run.data_config["std"], run.names)
+    path = run.args.output / "picture.png"
+    with explaining_output(path), replacing_file(path) as partial:
+        figure.savefig(partial)
+    print(f"What the model sees in a test image: {path}")
+
+
+def finish_training(run: Run, test: Any, test_loader: Any, transform: Any) -> bool:
+    """Test each kind of weights once, write results and a picture, print a table; True where a signal stopped it."""
+    output, accelerator = run.args.output, run.accelerator
+    same = run.ema is None and run.progress.best_epoch == run.progress.epoch
+    kinds = ["last", *(["ema"] if run.ema else []), *([] if same else ["best"])]
+    top1: dict[str, dict[str, float]] = {}
+    for kind in kinds:
+        model = timm.create_model(f"local-dir:{output / kind}", pretrained=True).to(accelerator.device)
+        result = evaluate(run, model, test_loader, desc=f"test, {kind}")
+        if result is None:
+            return True
+        top1[kind] = result
+    top1.setdefault("best", top1["last"])  # the same weights, where the last epoch is the best
+    backbone = export_backbone(run, test)
+    if not accelerator.is_main_process:
+        return False
+    results: dict[str, Any] = dict(test_top1=top1, args=vars(run.args))
+    if backbone is not None:
+        results["backbone_top1"] = backbone["joint"]
+    with explaining_output(output):
+        replace_text(output / "results.json", json.dumps(results, default=str))
+    table = Table("branch", *top1, title="top-1 % on the test split")
+    for branch in top1["last"]:
+        table.add_row(branch, *(f"{result[branch]:.1f}" for result in top1.values()))
+    if backbone is not None:
+        table.add_row("backbone/ alone", *(f"{backbone['joint']:.1f}" if kind == "best" else "" for kind in top1))
+    table.add_row("chance", *[f"{100 / len(run.names):.1f}"] * len(top1))
+    Console().print(table)
+    draw_picture(run, test, transform)
+    print(f'Load it: import s3n_timm, timm; timm.create_model("local-dir:{output / "best"}", pretrained=True)')
+    if backbone is not None:
+        print(f'Its backbone, without s3n_timm: timm.create_model("local-dir:{output / "backbone"}", pretrained=True)')
+    return False
