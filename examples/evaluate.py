@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -362,6 +363,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = Accelerator()
     set_seed(args.seed, device_specific=True)  # processes that draw a partition draw different ones
     use_cpu_threads(args.cpu_threads, accelerator)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # they fill a log
     with exiting_on(ValueError, OSError, ImportError):
         with accelerator.main_process_first():
             model = load_model(args)
