@@ -17,13 +17,12 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from safetensors import SafetensorError
-from support.files import IMAGE_SUFFIXES
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import s3n_timm
+from s3n_timm.images import expand_path, find_images, image_mode
 from s3n_timm.peaks import PARTITION_MODES
 
 try:
@@ -35,7 +34,7 @@ try:
     from support.launching import exiting_on
     from support.quantization import export_int8
 
-    from s3n_timm.data import drawn_birds
+    from s3n_timm.data import drawn_birds, read_stored
 except ImportError as error:
     sys.exit(f'export.py: {error.name or error} is missing: pip install -e ".[export]"')
 
@@ -122,7 +121,7 @@ def load_model(args: argparse.Namespace) -> nn.Module:
 # images
 
 
-def load_images(args: argparse.Namespace, data_config: dict[str, Any], transform: Run) -> tuple[Tensor, list[str]]:
+def load_images(args: argparse.Namespace, data_config: dict[str, Any], read: Callable) -> tuple[Tensor, list[str]]:
     """Preprocessed images and their names, evenly taken from those that were given."""
     if args.images is None:
         rows = drawn_birds("test", args.num_images, size=max(128, *data_config["input_size"][1:]))
@@ -130,19 +129,18 @@ def load_images(args: argparse.Namespace, data_config: dict[str, Any], transform
         names = [f"drawn bird {i}" for i in range(len(images))]
     else:
         paths = []
-        for path in args.images:
+        for path in map(expand_path, args.images):
             found = [path]
             if path.is_dir():
-                found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+                found = list(find_images(path))
             if not found:
-                raise ValueError(f"--images {path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+                raise ValueError(f"--images {path} holds no image: no file in it has the suffix of one.")
             paths += found
         count = min(args.num_images, len(paths))
         paths = [paths[i * len(paths) // count] for i in range(count)]
-        images = [Image.open(path) for path in paths]
+        images = paths
         names = [str(path) for path in paths]
-    mode = "L" if data_config["input_size"][0] == 1 else "RGB"
-    return torch.stack([transform(image.convert(mode)) for image in images]), names
+    return torch.stack([read(image) for image in images]), names
 
 
 # files
@@ -272,10 +270,15 @@ def main() -> None:
         data_config = resolve_data_config(model=model)
         keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
         transform = create_transform(**{key: data_config[key] for key in keys})
-        images, names = load_images(args, data_config, transform)
+        mode = image_mode(data_config["input_size"][0])
+
+        def read(image: Any) -> Tensor:
+            return transform(read_stored(image, mode))
+
+        images, names = load_images(args, data_config, read)
         args.output.mkdir(parents=True, exist_ok=True)
         export_files(model, images[0], data_config, args)
-        int8 = export_int8(start_onnx, model.num_classes, transform, args, console) if args.int8 else None
+        int8 = export_int8(start_onnx, model.num_classes, read, args, console) if args.int8 else None
     try:
         rows = compare(start_runtimes(model, args), images, names, args)
     except torch._dynamo.exc.TorchDynamoException as error:

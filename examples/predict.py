@@ -10,10 +10,10 @@ images, one batch, the shards, main.
 """
 
 import argparse
+import glob
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +23,15 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from support.files import IMAGE_SUFFIXES, replace_text, replacing_file
+from support.files import replace_text, replacing_file
 from support.launching import exiting_on, start_all_processes, use_cpu_threads
 from torch import Tensor
 from tqdm import tqdm
 
 import s3n_timm
-from s3n_timm.classifier import read_image
+from s3n_timm.data import load_repository, read_stored
 from s3n_timm.evaluation import Crop, magnified_boxes
+from s3n_timm.images import expand_path, find_images, printable
 
 WRITERS = dict(parquet="to_parquet", csv="to_csv", jsonl="to_json")
 BRANCHES = ("discriminative", "complementary")
@@ -74,29 +75,22 @@ def parse_args() -> argparse.Namespace:
 def list_images(args: argparse.Namespace) -> Iterable[Item]:
     """All images in an order that does not change, to be gone through once."""
     kind, _, name = args.source.partition(":")
-    path = Path(args.source)
+    path = expand_path(args.source)
     if kind == "hub" and name:
-        return read_rows(datasets.load_dataset(name, split=args.split, streaming=True), args)
-    if path.suffix == ".parquet" and path.is_file():
-        files = dict(data=str(path))
+        splits = load_repository(name, streaming=True)
+        if args.split not in splits:
+            raise ValueError(f"--split {args.split} is not there: {args.source} has {', '.join(map(str, splits))}.")
+        return read_rows(splits[args.split], args)
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        files = dict(data=glob.escape(str(path)))
         return read_rows(datasets.load_dataset("parquet", data_files=files, split="data", streaming=True), args)
     if not path.is_dir():
         raise ValueError(f"SOURCE {path} is neither a folder nor a .parquet file, nor does it begin with hub:.")
-    paths = walk(path)
+    paths = find_images(path)
     first = next(paths, None)
     if first is None:
-        raise ValueError(f"SOURCE {path} has no image: their names end in {', '.join(IMAGE_SUFFIXES)}.")
-    return ((name, name) for name in itertools.chain([first], paths))
-
-
-def walk(folder: Path) -> Iterator[str]:
-    """The images below a folder, in an order of its own; the names of one folder are held at a time."""
-    def fail(error: OSError) -> None:  # os.walk passes over a folder that it cannot read
-        raise error
-
-    for root, folders, files in os.walk(folder, onerror=fail):
-        folders.sort()
-        yield from (os.path.join(root, name) for name in sorted(files) if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+        raise ValueError(f"SOURCE {path} has no image: their names end in .jpg, .png or another suffix of images.")
+    return ((printable(found), found) for found in itertools.chain([first], paths))
 
 
 def read_rows(rows: Any, args: argparse.Namespace) -> Iterator[Item]:
@@ -110,10 +104,7 @@ def read_rows(rows: Any, args: argparse.Namespace) -> Iterator[Item]:
 
     def read() -> Iterator[Item]:
         for number, row in enumerate(rows):
-            stored = row[column]
-            image = stored if not isinstance(stored, dict) else stored["path"] if stored["bytes"] is None else (
-                stored["bytes"])
-            yield str(number), image
+            yield str(number), row[column]
 
     return read()
 
@@ -123,7 +114,7 @@ def read_rows(rows: Any, args: argparse.Namespace) -> Iterator[Item]:
 
 def open_image(item: Item) -> tuple[Any, str | None]:
     try:
-        return read_image(item[1]), None
+        return read_stored(item[1]), None
     except (TypeError, ValueError) as error:
         return None, str(error)
 

@@ -18,12 +18,14 @@ from itertools import compress
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from support.files import IMAGE_SUFFIXES, replacing_file
+from support.files import replacing_file
 from support.launching import exiting_on
 from torch import Tensor
 
 from s3n_timm.classifier import Classifier
 from s3n_timm.draw import draw_contact_sheet, draw_epochs, draw_explanation
+from s3n_timm.images import expand_path
+from s3n_timm.images import find_images as find_image_files
 
 PER_SHEET = 40  # images
 
@@ -47,15 +49,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def find_images(paths: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
     """Image files, each with its path below the folder that it was found in."""
     found = []
-    for path in paths:
+    for path in map(expand_path, paths):
         if path.is_dir():
             if output.resolve() == path.resolve():
                 raise ValueError(f"--output {output} would mix pictures with the images: choose another folder.")
             own = path.resolve() in output.resolve().parents  # pictures of an earlier run are no images to draw
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES
-                     and file.is_file() and not (own and output.resolve() in file.resolve().parents)]
+            files = [file for file in find_image_files(path)
+                     if not (own and output.resolve() in file.resolve().parents)]
             if not files:
-                raise ValueError(f"{path} holds no image: no file in it ends in {', '.join(IMAGE_SUFFIXES)}.")
+                raise ValueError(f"{path} holds no image: no file in it has the suffix of one.")
             found += [(file, file.relative_to(path)) for file in files]
         elif path.exists():
             found.append((path, Path(path.name)))

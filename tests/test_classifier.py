@@ -9,8 +9,8 @@ from timm.data import create_transform, resolve_data_config
 
 import s3n_timm
 from s3n_timm import S3N, Classifier, save
-from s3n_timm.classifier import read_image
 from s3n_timm.data import drawn_birds
+from s3n_timm.images import read_image
 
 NAMES = ["robin", "wren", "jay", "crow", "swift", "owl"]
 

@@ -1,7 +1,9 @@
-"""examples/data.py: which images training reads, in which order, and what is drawn for them."""
+"""examples/support/loaders.py: which images training reads, in which order, and what is drawn for them."""
 
 import argparse
+import io
 import itertools
+import multiprocessing
 import random
 import shutil
 import sys
@@ -11,12 +13,23 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from scripts import EXAMPLES, largest_difference, train
+from timm.data import create_transform
 
-from s3n_timm.data import drawn_birds
+from s3n_timm.data import drawn_birds, recognition_features
 
 sys.path.insert(0, str(EXAMPLES))
-from support.loaders import TrainingImages, TrainingSampler, TrainLoader, drawing_from
+from support.arguments import parse_args
+from support.loaders import (
+    TrainingImages,
+    TrainingSampler,
+    TrainLoader,
+    create_eval_loader,
+    drawing_from,
+    load_splits,
+)
 
 
 def read(sampler, epoch, start=0):
@@ -85,30 +98,144 @@ def stream_args(shards, *more):
     )
 
 
+def loader_args(**options):
+    return argparse.Namespace(**dict(
+        streaming=False, balanced=False, batch_size=2, grad_accum_steps=1, num_images=None, dataset="birds", seed=5,
+        shuffle_buffer=4, workers=0, epochs=3) | options)
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def take(transformed):
+    return transformed["image"].flatten().tolist()
+
+
+def first_pixel(image):
+    """A transform that augments: the place's own draw is added to the image's first pixel."""
+    return torch.tensor([float(np.asarray(image).flat[0]), torch.rand(()).item()])
+
+
+@pytest.fixture(scope="module")
+def numbered():
+    """Images that hold their index, as 16-bit PNGs of which every other way of reading makes white."""
+    features = recognition_features(["a", "b"])
+    images = []
+    for index in range(9):
+        file = io.BytesIO()
+        Image.fromarray(np.full((4, 5), index * 257, np.uint16)).save(file, "PNG")
+        images.append(dict(bytes=file.getvalue(), path=None))
+    return datasets.Dataset.from_dict(dict(image=images, label=[0, 1] * 4 + [0]), features=features)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_all_loaders_read_16_bits_alike(numbered, accelerator, mode):
+    train = TrainLoader(numbered, first_pixel, loader_args(), accelerator, mode)
+    stream = TrainLoader(
+        numbered.to_iterable_dataset(), first_pixel, loader_args(streaming=True, num_images=8), accelerator, mode)
+    seen = [sorted(value for batch in each.read(0, 0) for value in batch["image"][:, 0].tolist())
+            for each in (train, stream)]
+    assert [len(values) for values in seen] == [8, 8]
+    assert all(set(values) <= set(range(9)) and len(set(values)) == 8 for values in seen)
+    for split in (numbered, numbered.to_iterable_dataset()):
+        loader = create_eval_loader(split, first_pixel, loader_args(), accelerator, mode)
+        assert [value for batch in loader for value in batch["image"][:, 0].tolist()] == list(range(9))
+
+
+def test_workers_live_on_between_epochs_and_change_nothing(numbered, accelerator):
+    alone = TrainLoader(numbered, first_pixel, loader_args(), accelerator)
+    workers = TrainLoader(numbered, first_pixel, loader_args(workers=2), accelerator)
+    places = [(0, 0), (1, 2), (1, 0), (2, 3)]  # from the middle too, as a resumed epoch
+    pids = set()
+    for epoch, update in places:
+        expected = [take(batch) for batch in alone.read(epoch, update)]
+        assert [take(batch) for batch in workers.read(epoch, update)] == expected
+        pids.add(tuple(worker.pid for worker in workers.loader._iterator._workers))
+    assert len(pids) == 1
+    next(workers.read(0, 0))  # an epoch that was stopped leaves nothing to the next
+    assert [take(batch) for batch in workers.read(2, 3)] == expected
+
+
+@pytest.fixture
+def forkserver():
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_loaders_can_be_sent_to_workers_that_are_not_forked(numbered, accelerator, forkserver):
+    """As on macOS and Windows; with the transforms of timm."""
+    augment = create_transform(32, is_training=True, re_prob=0.5, color_jitter=0.4)
+    squash = create_transform(32)
+    args, inside = loader_args(workers=1), loader_args()
+    stream = numbered.to_iterable_dataset()
+    train = [TrainLoader(numbered, augment, each, accelerator) for each in (args, inside)]
+    streamed = [TrainLoader(stream, augment, loader_args(streaming=True, num_images=4, workers=1), accelerator)]
+    ours, theirs = ([take(batch) for batch in each.read(1, 0)] for each in train)
+    assert ours == theirs
+    assert len(list(streamed[0].read(0, 0))) == 2
+    for split in (numbered, stream):
+        ours, theirs = ([take(batch) for batch in create_eval_loader(split, squash, each, accelerator)]
+                        for each in (args, inside))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_memory_is_pinned_for_a_gpu(numbered, split, monkeypatch):
+    made = {}
+    monkeypatch.setattr("support.loaders.DataLoader", lambda *_, **options: made.update(options))
+    process = SimpleNamespace(
+        num_processes=1, process_index=0, device=torch.device("cuda"), prepare=lambda loader: loader)
+    if split == "train":
+        TrainLoader(numbered, first_pixel, loader_args(), process)
+    else:
+        create_eval_loader(numbered, first_pixel, loader_args(), process)
+    assert made["pin_memory"]
+
+
+def write_images(folder, *names):
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (index, 0, 0)).save(folder / name)
+
+
+def test_a_folders_own_validation_part_is_used(tmp_path):
+    write_images(tmp_path, *(f"{part}/{kind}/{index}.png" for part in ("train", "test") for kind in "ab"
+                             for index in range(4)))
+    words = ("--dataset", "folder", "--data-dir", str(tmp_path), "--output", str(tmp_path / "out"))
+    splits = load_splits(parse_args([*words, "--val-fraction", "0"]))
+    assert splits["val"] is splits["test"]
+    splits = load_splits(parse_args([*words, "--val-fraction", "0.25"]))
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [6, 2, 8]
+    for index, kind in enumerate("ab"):
+        (tmp_path / "valid" / kind).mkdir(parents=True)
+        Image.new("RGB", (20, 20), (100 + index, 0, 0)).save(tmp_path / "valid" / kind / "1.png")
+    args = parse_args([*words])
+    splits = load_splits(args)
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [8, 2, 8]
+    assert args.val_split == "validation"
+
+
 def test_processes_share_a_stream(shards):
     labels = datasets.ClassLabel(names=["a", "b", "c", "d"])
-    features = datasets.Features(image=datasets.Value("int64"), label=labels)
+    features = datasets.Features(image=datasets.Image(), label=labels)
 
     def rows(shard):
         for part in shard:
             for i in range(13):
-                yield dict(image=13 * part + i, label=i % 4)
-
-    class Number(int):
-        def convert(self, _):
-            return self
+                yield dict(image=Image.new("L", (2, 2), 13 * part + i), label=i % 4)
 
     stream = datasets.IterableDataset.from_generator(
-        rows, gen_kwargs=dict(shard=list(range(4))), features=features
-    ).map(lambda row: dict(image=Number(row["image"])))
-    args = argparse.Namespace(
-        streaming=True, batch_size=3, grad_accum_steps=2, num_images=48, dataset="hub:x", seed=5, shuffle_buffer=10,
-        workers=0, epochs=2,
-    )
+        rows, gen_kwargs=dict(shard=list(range(4))), features=features)
+    args = loader_args(
+        streaming=True, batch_size=3, grad_accum_steps=2, num_images=48, shuffle_buffer=10, epochs=2)
 
     def loader(rank):
         process = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
-        return TrainLoader(stream, lambda number: torch.tensor(int(number)), args, process)
+        return TrainLoader(stream, lambda image: torch.tensor(image.getpixel((0, 0))), args, process, mode="L")
 
     def images(rank, epoch, update=0):
         return [batch["image"].tolist() for batch in loader(rank).read(epoch, update)]

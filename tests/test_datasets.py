@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import re
 import sys
@@ -18,6 +19,7 @@ from s3n_timm.data import (
     check_counts,
     check_disjoint,
     cub,
+    has_validation,
     hub,
     image_folder,
     load,
@@ -270,7 +272,7 @@ def test_unreadable_image(reader, fixture, name, request):
     message = f"{path} cannot be read as an image (…); replace or remove it."
     fails(ValueError, message, reader, root, verify=True)
     path.write_text("not an image")
-    fails(ValueError, message, reader, root)
+    fails(ValueError, f"{path} is not an image; replace or remove it.", reader, root)
 
 
 @pytest.mark.parametrize(("reader", "fixture"), [
@@ -279,7 +281,8 @@ def test_unreadable_image(reader, fixture, name, request):
 ])
 def test_unknown_split(reader, fixture, request):
     root = request.getfixturevalue(fixture)
-    fails(ValueError, "split must be 'train' or 'test', got 'val'.", reader, root, "val")
+    known = "'train', 'validation'" if reader in (image_folder, parquet) else "'train'"
+    fails(ValueError, f"split must be {known} or 'test', got 'val'.", reader, root, "val")
 
 
 @pytest.mark.parametrize("name", ["test", "val", "validation"])
@@ -297,7 +300,7 @@ def test_image_folder_rows(folder_dir, name):
 def test_image_folder_without_splits(folder_dir):
     flat = folder_dir / "train"
     assert image_folder(flat)["label"][:] == [0, 1, 1]
-    message = f"{flat} has no folder test, val or validation; add one or read the split 'train'."
+    message = f"{flat} has no folder test, valid, val or validation; add one or read the split 'train'."
     fails(FileNotFoundError, message, image_folder, flat, "test")
 
 
@@ -323,6 +326,76 @@ def test_image_folder_without_classes(tmp_path):
     missing = tmp_path / "none"
     message = f"{missing} is not a folder; data_dir must name the folder of the data set."
     fails(FileNotFoundError, message, image_folder, missing)
+
+
+@pytest.mark.parametrize("name", ["valid", "val", "validation", "Valid"])
+def test_image_folder_validation(folder_dir, name):
+    (folder_dir / "val").rename(folder_dir / name)
+    assert not has_validation("folder", folder_dir), "without a test part it is the test split"
+    for index, path in enumerate(("test/a/5.jpg", "test/b/6.jpg")):
+        write_image(folder_dir / path, (50 + index, 30))
+    assert has_validation("folder", folder_dir)
+    paths = {split: [Path(path).name for path in image_paths(load("folder", folder_dir, split))]
+             for split in ("train", "validation", "test")}
+    assert paths == dict(train=["2.jpg", "0.png", "1.jpg"], validation=["3.jpg", "4.jpg"], test=["5.jpg", "6.jpg"])
+
+
+def test_image_folder_of_split_folders_in_capitals(folder_dir):
+    (folder_dir / "train").rename(folder_dir / "Train")
+    (folder_dir / "val").rename(folder_dir / "Test")
+    assert image_folder(folder_dir).features["label"].names == ["a", "b"]
+    assert image_folder(folder_dir, "test")["label"][:] == [0, 1]
+    (folder_dir / "train").mkdir()
+    message = f"{folder_dir} has Train and train; merge them or rename one."
+    fails(ValueError, message, image_folder, folder_dir)
+
+
+def test_image_folder_passes_over_what_is_no_image(folder_dir, caplog):
+    expected = image_paths(image_folder(folder_dir))
+    for name in ("train/.ipynb_checkpoints/1.jpg", "train/a/.hidden.jpg", "train/a/.cache/1.jpg"):
+        write_image(folder_dir / name)
+    for name in ("train/.DS_Store", "train/Thumbs.db", "train/a/Thumbs.db", "train/b/.DS_Store"):
+        (folder_dir / name).write_text("")
+    os.mkfifo(folder_dir / "train/b/pipe.jpg")
+    (folder_dir / "train/b/labels.xml").write_text("")
+    assert image_paths(image_folder(folder_dir, verify=True)) == expected
+    assert len(caplog.messages) == 1
+    assert "2 files" in caplog.messages[0]
+    (folder_dir / "linked").mkdir()
+    write_image(folder_dir / "linked/deep/7.jpe")
+    (folder_dir / "train/b/more").symlink_to(folder_dir / "linked")
+    assert image_paths(image_folder(folder_dir)) == [*expected, str(folder_dir / "train/b/more/deep/7.jpe")]
+
+
+def test_names_that_are_not_utf_8_are_named(folder_dir):
+    train = folder_dir / "train"
+    for name in (b"/a/caf\xe9.jpg", b"/caf\xe9/1.jpg"):
+        path = Path(os.fsdecode(os.fsencode(train) + name))
+        write_image(path)
+        message = f"{train}…caf\\xe9… has a name that is not UTF-8, which a data set cannot hold; rename it."
+        fails(ValueError, message, image_folder, folder_dir)
+        path.unlink()
+
+
+def test_home_is_expanded(folder_dir, parquet_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder_dir))
+    assert len(image_folder("~")) == 3
+    monkeypatch.setenv("HOME", str(parquet_dir.parent))
+    assert len(parquet("~/parquet")) == 3
+    assert len(hub("~/parquet")) == 3
+
+
+def test_boxes_are_those_of_the_turned_image(cub_dir):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(cub_dir / "images/a/one.jpg", exif=exif)
+    assert cub(cub_dir)["box"][1] == [0, 0, 30, 40]
+
+
+def test_postscript_is_refused(folder_dir):
+    path = folder_dir / "train/a/2.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n")
+    fails(ValueError, f"{path} is not an image; replace or remove it.", image_folder, folder_dir)
 
 
 def test_aircraft_rows(aircraft_dir):
@@ -519,7 +592,7 @@ def test_parquet_faulty_images(parquet_dir, reader):
         message = f"{place} has no image; add it or remove the row."
         fails(ValueError, message, lambda: rows(reader(parquet_dir, "test")))
     write_parquet(path, ["a", "b"], images=[good, {"bytes": b"not an image", "path": None}])
-    message = f"{place} cannot be read as an image (…); replace or remove it."
+    message = f"{place} is not an image; replace or remove it."
     fails(ValueError, message, lambda: rows(reader(parquet_dir, "test")))
     missing = parquet_dir / "none.png"
     write_parquet(path, ["a", "b"], images=[good, {"bytes": None, "path": str(missing)}])
@@ -619,6 +692,51 @@ def test_hub_image_folder(folder_dir, cache, name):
     assert train.features == birds.recognition_features(["a", "b"])
     assert [row["label"] for row in rows(train)] == [0, 1, 1]
     assert rows(test)[0]["image"].size == (40, 30)
+
+
+@pytest.mark.parametrize("name", ["hub", "stream"])
+def test_hub_folder_with_classes_called_as_splits(tmp_path, cache, name):
+    for index, path in enumerate(("train/train/0.png", "train/test/1.png", "test/train/2.png", "test/test/3.png")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(png(index))
+    for split, expected in (("train", {(0, 1), (1, 0)}), ("test", {(2, 1), (3, 0)})):
+        part = rows(READERS[name](tmp_path, split))
+        assert {(row["image"].getpixel((0, 0))[0], row["label"]) for row in part} == expected
+        assert len(part) == 2
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_brackets_in_a_path_are_no_pattern(parquet_dir, reader):
+    for path in parquet_dir.glob("train*"):
+        path.rename(path.with_name(path.name.replace("-", "-[0-9]")))
+    folder = parquet_dir.rename(parquet_dir.with_name("birds [2020]?"))
+    assert sorted(row["label"] for row in rows(reader(folder))) == [0, 1, 2]
+    assert [row["label"] for row in rows(reader(folder, "test"))] == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["hub", "stream"])
+def test_brackets_in_the_path_of_an_image_folder(folder_dir, cache, name):
+    folder = folder_dir / "birds [2020]"
+    folder.mkdir()
+    for part in ("train", "val"):
+        (folder_dir / part).rename(folder / part)
+    assert [row["label"] for row in rows(READERS[name](folder))] == [0, 1, 1]
+
+
+def test_parquet_suffix_in_capitals_and_validation(parquet_dir):
+    assert not has_validation("parquet", parquet_dir)
+    (parquet_dir / "test.parquet").rename(parquet_dir / "test.PARQUET")
+    write_parquet(parquet_dir / "validation-0.parquet", ["a"], 20)
+    assert [row["label"] for row in parquet(parquet_dir, "test")] == [2, 1]
+    assert [row["label"] for row in load("parquet", parquet_dir, "validation")] == [0]
+    assert has_validation("parquet", parquet_dir)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/birds", "./birds", "photographs/of/birds", "~/birds", "../birds"])
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: pytest.fail("the Hub was asked"))
+    message = f"{name} is not a folder, and names on the Hub have the form USER/NAME; correct it."
+    fails(FileNotFoundError, message, hub, name)
 
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)

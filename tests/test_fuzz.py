@@ -12,9 +12,9 @@ from hypothesis.extra import numpy as nps
 
 import s3n_timm
 from s3n_timm import S3N, Classifier, S3NLogits, S3NLoss
-from s3n_timm.classifier import read_image
 from s3n_timm.data import drawn_birds
 from s3n_timm.early_exit import predict
+from s3n_timm.images import read_image
 from s3n_timm.peaks import PARTITION_MODES
 from s3n_timm.sampling import BRANCHES
 

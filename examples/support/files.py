@@ -1,12 +1,8 @@
-"""What counts as an image, and files that are never there in part."""
+"""Files that are never there in part."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 
 
 @contextmanager

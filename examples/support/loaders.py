@@ -20,13 +20,19 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from s3n_timm.data import check_disjoint, load
+from s3n_timm.data import check_disjoint, has_validation, load, read_stored, store_images
 
 Transform = Callable[[Any], Tensor]
 
 
 def load_splits(args: argparse.Namespace) -> dict[str, Any]:
-    """Training, validation and test images; without a validation part the test split is watched in its place."""
+    """Training, validation and test images; without a validation part, validation is the test split itself.
+
+    Where the files of a data set have a validation part, args.val_split is set to it: it takes the place of
+    --val-fraction, as a split of the Hub does.
+    """
+    if not args.val_split and has_validation(args.dataset, args.data_dir):
+        args.val_split = "validation"
     kind = args.dataset.partition(":")[0]
     options: dict[str, Any] = dict(verify=args.verify)
     if kind in ("hub", "parquet"):
@@ -93,17 +99,22 @@ def drawing_from(*seed: int) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
+def read_row(row: dict[str, Any], transform: Transform, mode: str) -> dict[str, Any]:
+    """The transformed image and the label of a row of `store_images`."""
+    return dict(image=transform(read_stored(row["image"], mode)), label=row["label"])
+
+
 class TrainingImages(Dataset):
     """Augmented images by (index, place in training)."""
 
-    def __init__(self, images: datasets.Dataset, transform: Transform, seed: int) -> None:
-        self.images, self.transform, self.seed = images.select_columns(["image", "label"]), transform, seed
+    def __init__(self, images: datasets.Dataset, transform: Transform, seed: int, mode: str = "RGB") -> None:
+        self.images = store_images(images.select_columns(["image", "label"]))
+        self.transform, self.seed, self.mode = transform, seed, mode
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, place = key
-        row = self.images[index]
         with drawing_from(self.seed, place):
-            return dict(image=self.transform(row["image"].convert("RGB")), label=row["label"])
+            return read_row(self.images[index], self.transform, self.mode)
 
 
 class TrainingSampler(Sampler[tuple[int, int]]):
@@ -134,6 +145,32 @@ class TrainingSampler(Sampler[tuple[int, int]]):
         return self.length - self.start
 
 
+# what workers run: objects of this module, which every start method of processes can send to them
+
+
+class StreamedTraining:
+    """Augments the rows of one pass of a process over its stream."""
+
+    def __init__(self, transform: Transform, mode: str, *seed: int) -> None:
+        self.transform, self.mode, self.seed = transform, mode, seed
+
+    def __call__(self, row: dict[str, Any], place: int) -> dict[str, Any]:
+        worker = get_worker_info()
+        with drawing_from(*self.seed, worker.id if worker else 0, place):
+            return read_row(row, self.transform, self.mode)
+
+
+class EvaluationBatch:
+    """Transforms the rows of a batch."""
+
+    def __init__(self, transform: Transform, mode: str) -> None:
+        self.transform, self.mode = transform, mode
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        images = [self.transform(read_stored(image, self.mode)) for image in batch["image"]]
+        return dict(image=images, label=batch["label"])
+
+
 # loaders
 
 
@@ -141,11 +178,19 @@ class TrainLoader:
     """Batches of one process, epoch by epoch.
 
     Every epoch has the same number of updates, each of as many images as all processes read between two steps of the
-    optimizer; what is left of the images waits for another epoch's order.
+    optimizer; the images that are left over wait for another epoch's order.
+
+    Args:
+        split: data set or stream with the columns image and label.
+        transform: of a PIL image; it must be picklable where args.workers is not 0.
+        mode: in which images are read, see `s3n_timm.images.image_mode`.
     """
 
-    def __init__(self, split: Any, transform: Transform, args: argparse.Namespace, accelerator: Accelerator) -> None:
-        self.split, self.args, self.accelerator = split, args, accelerator
+    def __init__(
+            self, split: Any, transform: Transform, args: argparse.Namespace, accelerator: Accelerator,
+            mode: str = "RGB",
+    ) -> None:
+        self.split, self.args, self.accelerator, self.mode = split, args, accelerator, mode
         self.images_per_update = args.batch_size * accelerator.num_processes * args.grad_accum_steps
         count = count_images(split) or args.num_images
         if count is None:
@@ -157,7 +202,7 @@ class TrainLoader:
                 f"more than the {count} of training: lower --batch-size."
             )
         if args.streaming:
-            split = split.shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
+            split = store_images(split).shuffle(seed=args.seed, buffer_size=args.shuffle_buffer)
             self.split = split_dataset_by_node(split, accelerator.process_index, accelerator.num_processes)
             self.transform = transform
             return
@@ -165,10 +210,11 @@ class TrainLoader:
         length = self.updates_per_epoch * self.images_per_update
         self.sampler = TrainingSampler(labels, length, args.seed, args.balanced)
         loader = DataLoader(
-            TrainingImages(split, transform, args.seed),
+            TrainingImages(split, transform, args.seed, mode),
             batch_sampler=BatchSampler(self.sampler, args.batch_size, drop_last=True),
             num_workers=args.workers,
             pin_memory=accelerator.device.type == "cuda",
+            persistent_workers=args.workers > 0,  # only this process holds the sampler, which `read` sets
         )
         self.loader = accelerator.prepare(loader)
 
@@ -182,18 +228,20 @@ class TrainLoader:
     def _stream(self, epoch: int, update: int) -> Iterator[dict[str, Tensor]]:
         """Pass after pass over this process's part of the stream; what the epoch has read is read again and dropped."""
 
-        def transform_row(row: dict[str, Any], place: int, number: int) -> dict[str, Any]:
-            worker = get_worker_info()
-            reader = self.accelerator.process_index, worker.id if worker else 0
-            with drawing_from(self.args.seed, epoch, number, *reader, place):
-                return dict(image=self.transform(row["image"].convert("RGB")), label=row["label"])
-
         def passes() -> Iterator[dict[str, Tensor]]:
             for number in itertools.count():
-                rows = self.split.map(transform_row, with_indices=True, fn_kwargs=dict(number=number))
+                augment = StreamedTraining(
+                    self.transform, self.mode, self.args.seed, epoch, number, self.accelerator.process_index)
+                rows = self.split.map(augment, with_indices=True)
                 # each pass has an order of its own, the later ones of an epoch far from those of other epochs
                 rows.set_epoch(epoch + number * self.args.epochs)
-                loader = DataLoader(rows, self.args.batch_size, num_workers=self.args.workers, drop_last=True)
+                loader = DataLoader(
+                    rows,
+                    self.args.batch_size,
+                    num_workers=self.args.workers,
+                    pin_memory=self.accelerator.device.type == "cuda",
+                    drop_last=True,
+                )
                 seen = 0
                 for seen, batch in enumerate(loader, 1):  # noqa: B007
                     yield batch
@@ -205,15 +253,16 @@ class TrainLoader:
         return (send_to_device(batch, self.accelerator.device) for batch in batches)
 
 
-def create_eval_loader(split: Any, transform: Transform, args: argparse.Namespace, accelerator: Accelerator) -> Any:
+def create_eval_loader(
+        split: Any, transform: Transform, args: argparse.Namespace, accelerator: Accelerator, mode: str = "RGB",
+) -> Any:
     """A loader prepared by Accelerate, for `gather_for_metrics`."""
-
-    def transform_batch(batch: dict[str, list]) -> dict[str, list]:
-        return dict(image=[transform(image.convert("RGB")) for image in batch["image"]], label=batch["label"])
-
-    images = split.select_columns(["image", "label"])
+    images = store_images(split.select_columns(["image", "label"]))
+    transform_batch = EvaluationBatch(transform, mode)
     if isinstance(split, datasets.Dataset):
         images = images.with_transform(transform_batch)
     else:
         images = images.map(transform_batch, batched=True, batch_size=args.batch_size)
-    return accelerator.prepare(DataLoader(images, args.batch_size, num_workers=args.workers))
+    loader = DataLoader(
+        images, args.batch_size, num_workers=args.workers, pin_memory=accelerator.device.type == "cuda")
+    return accelerator.prepare(loader)

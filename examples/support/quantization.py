@@ -28,7 +28,7 @@ from rich.table import Table
 from support.files import replacing_file
 from torch import Tensor
 
-from s3n_timm.data import load
+from s3n_timm.data import load, store_images
 
 Run = Callable[[Tensor], Tensor]
 LINEAR = ("MatMul", "Gemm")
@@ -52,9 +52,9 @@ def load_labelled(
         split: str,
         count: int | None,
         num_classes: int,
-        transform: Callable[[Any], Tensor],
+        read: Callable[[Any], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Images and labels of a split; `count` of them drawn at random, where it has more."""
+    """Images, preprocessed by `read`, and labels of a split; `count` of them drawn at random, where it has more."""
     options: dict[str, Any] = {}
     if args.dataset == "birds":
         options = dict(num_images=count or 200, num_classes=num_classes)
@@ -65,7 +65,7 @@ def load_labelled(
     if not len(dataset):
         raise ValueError(f"--dataset {args.dataset} has no image in its {split} split.")
     dataset = dataset.shuffle(seed=0).select(range(min(count or len(dataset), len(dataset))))
-    images = torch.stack([transform(row["image"].convert("RGB")) for row in dataset])
+    images = torch.stack([read(row["image"]) for row in store_images(dataset)])
     return images, torch.tensor(dataset["label"][:])
 
 
@@ -197,15 +197,18 @@ def top1(run: Run, images: Tensor, labels: Tensor) -> float:
 def export_int8(
         start: Callable[[Path, int], Run],
         num_classes: int,
-        transform: Callable[[Any], Tensor],
+        read: Callable[[Any], Tensor],
         args: argparse.Namespace,
         console: Console,
 ) -> dict[str, Any]:
-    """Write model.int8.onnx and measure it beside model.onnx on labelled images that did not calibrate it."""
+    """Write model.int8.onnx and measure it beside model.onnx on labelled images that did not calibrate it.
+
+    `read` preprocesses an image as a data set stores it.
+    """
     calibration = None
     if args.int8 == "static":
-        calibration, _ = load_labelled(args, "train", args.num_calibration, num_classes, transform)
-    images, labels = load_labelled(args, "test", args.num_test, num_classes, transform)
+        calibration, _ = load_labelled(args, "train", args.num_calibration, num_classes, read)
+    images, labels = load_labelled(args, "test", args.num_test, num_classes, read)
     sentence = quantise(args.output / "model.onnx", args.output / "model.int8.onnx", args.int8, calibration)
     console.print(sentence, highlight=False)
     result: dict[str, Any] = dict(kind=args.int8, dataset=args.dataset, images=len(images), note=sentence)

@@ -1,53 +1,56 @@
 """Readers of fine-grained data sets, and the drawn birds that come with the package."""
 
+from .aircraft_cars import aircraft, cars
 from .birds import (
     DIAGNOSTIC_PARTS,
     LOOKS,
     MAX_CLASSES,
     MIN_SIZE,
     PARTS,
-    SPLITS,
     Bird,
     class_looks,
     draw_bird,
     drawn_birds,
-    recognition_features,
 )
-from .load import (
+from .cub import cub
+from .folder import image_folder
+from .load import check_disjoint, has_validation, load
+from .schema import (
     OFFICIAL_COUNTS,
-    aircraft,
-    cars,
+    SPLITS,
     check_counts,
-    check_disjoint,
-    cub,
-    hub,
-    image_folder,
-    load,
-    parquet,
     part_names,
+    read_stored,
+    recognition_features,
+    store_images,
 )
+from .tables import hub, load_repository, parquet
 
 __all__ = [
     "DIAGNOSTIC_PARTS",
     "LOOKS",
     "MAX_CLASSES",
     "MIN_SIZE",
+    "OFFICIAL_COUNTS",
     "PARTS",
     "SPLITS",
     "Bird",
-    "class_looks",
-    "draw_bird",
-    "drawn_birds",
-    "recognition_features",
-    "OFFICIAL_COUNTS",
     "aircraft",
     "cars",
     "check_counts",
     "check_disjoint",
+    "class_looks",
     "cub",
+    "draw_bird",
+    "drawn_birds",
+    "has_validation",
     "hub",
     "image_folder",
     "load",
+    "load_repository",
     "parquet",
     "part_names",
+    "read_stored",
+    "recognition_features",
+    "store_images",
 ]

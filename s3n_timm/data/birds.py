@@ -16,11 +16,12 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .schema import SPLITS, check_split, recognition_features
+
 Color = tuple[int, ...]
 
 PARTS = ("beak", "crown", "eye", "nape", "throat", "wing bar", "tail", "legs")
 DIAGNOSTIC_PARTS = ("beak", "wing bar", "crown")
-SPLITS = ("train", "test")
 
 _BLACK = (34, 30, 32)
 _COLORS = {"yellow": (246, 200, 34), "red": (214, 44, 36), "blue": (44, 98, 214), "white": (242, 240, 232)}
@@ -278,24 +279,6 @@ def draw_bird(rng: np.random.Generator, label: int, num_classes: int, size: int 
     return Bird(image.reduce(_SUPERSAMPLING), label, (x0, y0, x1, y1), parts)
 
 
-def recognition_features(class_names: Sequence[str], part_names: Sequence[str] | None = None) -> datasets.Features:
-    """Columns of a fine-grained data set.
-
-    Args:
-        class_names: Name of each class, in label order.
-        part_names: Names of the annotated parts, None for a data set without boxes and parts.
-
-    Returns:
-        image and label, and with part_names also box (x0, y0, x1, y1 in pixels) and parts (name to x, y in pixels and
-        visible, 0 or 1).
-    """
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(class_names)))
-    if part_names is not None:
-        features["box"] = datasets.Sequence(datasets.Value("float32"), length=4)
-        features["parts"] = {part: datasets.Sequence(datasets.Value("float32"), length=3) for part in part_names}
-    return features
-
-
 def _examples(
         starts: list[int], num_images: int, num_classes: int, size: int, seed: int, stream: int,
 ) -> Iterator[dict[str, Any]]:
@@ -336,8 +319,7 @@ def drawn_birds(
     Raises:
         ValueError: If an argument is out of range.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
+    check_split(split)
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}.")
     if seed < 0:

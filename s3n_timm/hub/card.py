@@ -234,10 +234,10 @@ def _how_to_load(model: nn.Module, name: str | None) -> str:
     registers = "  # registers the models with timm, which can't load this one without" * isinstance(model, S3N)
     return (
         "## How to load\n\n```python\n"
-        f"import s3n_timm{registers}\nimport timm\nimport torch\nfrom PIL import Image\n\n"
+        f"import s3n_timm{registers}\nimport timm\nimport torch\nfrom s3n_timm.images import read_image\n\n"
         f'model = timm.create_model("{source}", pretrained=True).eval()\n'
         "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))\n"
-        'x = transform(Image.open("image.jpg").convert("RGB"))[None]\n'
+        'x = transform(read_image("image.jpg"))[None]\n'
         "with torch.inference_mode():\n"
         "    probability, label = model(x).softmax(1).max(1)\n"
         'print(model.pretrained_cfg.get("label_names", range(model.num_classes))[label], probability)\n'

@@ -20,6 +20,7 @@ from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from ..images import read_image
 from ..model import S3N
 from .card import Source, model_card
 from .download import CONFIG, WEIGHTS, download, one_sentence
@@ -115,7 +116,7 @@ def _draw(
     if not isinstance(model, S3N):
         raise ValueError("picture can't be drawn for a plain model, which has no peaks: give a file, or none.")
     config = resolve_data_config(dict(data_config or {}), model=model)
-    image = create_transform(**config)(picture.convert("RGB"))
+    image = create_transform(**config)(read_image(picture))
     image = image.to(next(model.parameters()).device)
     with torch.no_grad():
         figure = draw_explanation(model, image, config["mean"], config["std"], label_names)
