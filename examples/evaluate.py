@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 import s3n_timm
 from s3n_timm.config import ANSWERS
-from s3n_timm.data import load, part_names
+from s3n_timm.data import load, part_names, read_stored, store_images
 from s3n_timm.early_exit import choose_exit_entropy
 from s3n_timm.evaluation import (
     CALIBRATION,
@@ -52,6 +52,7 @@ from s3n_timm.evaluation import (
     summarize,
 )
 from s3n_timm.hub import count_parameters
+from s3n_timm.images import image_mode
 from s3n_timm.peaks import PARTITION_MODES
 
 
@@ -222,11 +223,11 @@ class TransformRows:
     A class and no closure, so that workers started by spawn or forkserver can receive it.
     """
 
-    def __init__(self, transform: Callable[[Any], Tensor], classes: Sequence[int]) -> None:
-        self.transform, self.classes = transform, classes
+    def __init__(self, transform: Callable[[Any], Tensor], mode: str, classes: Sequence[int]) -> None:
+        self.transform, self.mode, self.classes = transform, mode, classes
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        images = [image.convert("RGB") for image in batch["image"]]
+        images = [read_stored(image, self.mode) for image in batch["image"]]
         rows: dict[str, list] = dict(index=batch["index"], label=[self.classes[label] for label in batch["label"]])
         rows["sizes"] = [torch.tensor([image.height, image.width]) for image in images]
         rows["image"] = [self.transform(image) for image in images]
@@ -240,7 +241,8 @@ class TransformRows:
 def create_loader(dataset: datasets.Dataset, transform: TransformRows, args: argparse.Namespace) -> DataLoader:
     """Transformed images in order, with their annotations."""
     annotated = [name for name in ("box", "parts") if name in dataset.features]
-    dataset = dataset.select_columns(["image", "label", *annotated]).add_column("index", list(range(len(dataset))))
+    dataset = store_images(dataset.select_columns(["image", "label", *annotated]))
+    dataset = dataset.add_column("index", list(range(len(dataset))))
     return DataLoader(dataset.with_transform(transform), batch_size=args.batch_size, num_workers=args.workers)
 
 
@@ -376,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
     if classes != list(range(len(classes))):
         accelerator.print("The data set has the model's classes in another order: they are matched by name.")
-    rows = TransformRows(create_transform(**data_config), classes)
+    rows = TransformRows(create_transform(**data_config), image_mode(data_config["input_size"][0]), classes)
     loader = accelerator.prepare(create_loader(dataset, rows, args))
 
     started = time.monotonic()
