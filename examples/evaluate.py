@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -222,8 +223,8 @@ class TransformRows:
     A class and no closure, so that workers started by spawn or forkserver can receive it.
     """
 
-    def __init__(self, transform: Callable[[Any], Tensor], classes: Sequence[int], mode: str = "RGB") -> None:
-        self.transform, self.classes, self.mode = transform, classes, mode
+    def __init__(self, transform: Callable[[Any], Tensor], mode: str, classes: Sequence[int]) -> None:
+        self.transform, self.mode, self.classes = transform, mode, classes
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         images = [read_stored(image, self.mode) for image in batch["image"]]
@@ -242,8 +243,8 @@ def create_loader(
 ) -> DataLoader:
     """Transformed images in order, with their annotations."""
     annotated = [name for name in ("box", "parts") if name in dataset.features]
-    dataset = dataset.select_columns(["image", "label", *annotated]).add_column("index", list(range(len(dataset))))
-    rows = store_images(dataset).with_transform(transform)
+    dataset = store_images(dataset.select_columns(["image", "label", *annotated]))
+    rows = dataset.add_column("index", list(range(len(dataset)))).with_transform(transform)
     return DataLoader(rows, batch_size=args.batch_size, num_workers=args.workers, pin_memory=pin_memory)
 
 
@@ -366,6 +367,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = Accelerator()
     set_seed(args.seed, device_specific=True)  # processes that draw a partition draw different ones
     use_cpu_threads(args.cpu_threads, accelerator)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # they fill a log
     with exiting_on(ValueError, OSError, ImportError):
         with accelerator.main_process_first():
             model = load_model(args)
@@ -378,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
     if classes != list(range(len(classes))):
         accelerator.print("The data set has the model's classes in another order: they are matched by name.")
+    rows = TransformRows(create_transform(**data_config), image_mode(data_config["input_size"][0]), classes)
     loader = accelerator.prepare(create_loader(dataset, rows, args, accelerator.device.type == "cuda"))
 
     started = time.monotonic()

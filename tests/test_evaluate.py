@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from torch import tensor
 
 from s3n_timm import S3N, S3NLogits, SelectiveSample, evaluation, save
 from s3n_timm.data import PARTS, cub, draw_bird, drawn_birds
-from s3n_timm.early_exit import predict
+from s3n_timm.early_exit import answer_batch
 from s3n_timm.evaluation import (
     Crop,
     as_plain,
@@ -33,7 +34,7 @@ from s3n_timm.evaluation import (
     result_tables,
     summarize,
 )
-from s3n_timm.model import Explanation
+from s3n_timm.outputs import Explanation
 from s3n_timm.sampling import BranchSample
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "evaluate.py"
@@ -668,13 +669,13 @@ def test_answer_can_be_changed(weights, run, tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["joint", "mean"])
-def test_early_exit_is_told_as_predict_does_it(answer):
+def test_early_exit_is_reported_as_it_is(answer):
     model, batch = create_model(answer=answer), birds_batch(12)
     for head in (layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)):
         torch.nn.init.normal_(head.weight, std=2)
     records = measure_batch(model, batch)
     threshold = records["entropy"].median().item() + 1e-4
-    (prediction,) = predict(model, [batch["image"]], exit_entropy=threshold)
+    prediction = answer_batch(model, batch["image"], threshold)
     torch.testing.assert_close(records["entropy"], prediction.entropy)
     everything = model(batch["image"])
     assert torch.equal(records["prediction_answer"], everything.argmax(1))
@@ -814,6 +815,21 @@ def test_bad_weights_end_in_one_sentence(weights, plain, run, tmp_path):
     assert "--partition-eval all needs a model with peaks" in stopped(plain, "--partition-eval", "all")
     assert "--answer mean needs an S3N" in stopped(plain, "--answer", "mean")
     assert "need an S3N with the O branch" in stopped(plain, "--exit-loss", 0.3)
+
+
+def test_images_of_16_bits_are_measured_as_those_of_8(run, tmp_path):
+    probabilities = []
+    for bits in (8, 16):
+        for split, name in itertools.product(("train", "test"), "abcdef"):
+            (tmp_path / f"{bits}" / split / name).mkdir(parents=True)
+            values = np.random.default_rng(ord(name)).integers(0, 256, (70, 80))
+            image = Image.fromarray(values.astype(np.uint8) if bits == 8 else (257 * values).astype(np.uint16))
+            image.save(tmp_path / f"{bits}" / split / name / "1.png")
+        weights = save_named(tmp_path / "weights", "abcdef")
+        run(weights, "--dataset", "folder", "--data-dir", tmp_path / f"{bits}")
+        probabilities.append([row["probability"] for row in read_csv(tmp_path / "out" / "predictions.csv")])
+    assert len(probabilities[0]) == 6
+    assert probabilities[0] == probabilities[1]
 
 
 def save_named(folder, names):

@@ -158,7 +158,7 @@ def summarize(
         records: rows of `measure_batch`, those of all batches put together.
         part_names: a name for each part.
         seed: of the halves that calibrate each other.
-        exit_entropy: threshold of `s3n_timm.early_exit.predict`, whose effect is reported as `early_exit`.
+        exit_entropy: threshold of `s3n_timm.early_exit.answer_batch`, whose effect is reported as `early_exit`.
 
     Returns:
         A nested dict of numbers, lists and None, for a metric that does not exist, in the units of `UNITS`:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..evaluation import INTERVAL, result_tables
 from ..model import S3N
 
 PAPER = "https://openaccess.thecvf.com/content_ICCV_2019/html/Ding_Selective_Sparse_Sampling_for_Fine-Grained_Image_Recognition_ICCV_2019_paper.html"
@@ -166,14 +167,11 @@ def count_parameters(model: nn.Module) -> int:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def line(cells: Sequence[Any]) -> str:
+        cells = ["not measured" if cell is None else cell for cell in cells]
         # a bar would end the cell, a line break the table
         return f"| {' | '.join(' '.join(str(cell).replace('|', chr(92) + '|').split()) for cell in cells)} |"
 
     return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return "not measured" if value is None else f"{value:.{digits}f}"
 
 
 def _architecture(model: nn.Module) -> str:
@@ -293,18 +291,10 @@ def _results(results: Mapping[str, Any] | None) -> str:
     if results is None:
         return "## Results\n\nNot measured: no results of examples/evaluate.py came with the weights."
     measures, run = results["measures"], results["run"]
-    rows = []
-    for output, figures in measures["accuracy"].items():
-        cells = []
-        for kind in ("top1", "top5"):
-            low, high = figures[f"{kind}_interval"]
-            cells.append(f"{figures[kind]:.1f} ({low:.1f}–{high:.1f})")
-        rows.append((output, *cells))
-    accuracy = _table(("output", "top-1 %", "top-5 %"), rows)
-    more = _table(("measure", "value"), _further_measures(measures))
+    shown = [table for name, table in result_tables(measures).items() if name != "parts"]
+    tables = "\n\n".join(f"{table.title}:\n\n{_table(table.header, table.rows)}" for table in shown)
     used = results["model"]["preprocessing"]
     partition = (results["model"].get("s3n") or {}).get("partition")
-    args = run.get("args", {})
     versions = ", ".join(f"{package} {version}" for package, version in run.get("versions", {}).items())
     protocol = [
         f"{str(results['dataset']).removeprefix('hub:')}, split {results['split']}, {results['images']} images, each "
@@ -312,36 +302,13 @@ def _results(results: Mapping[str, Any] | None) -> str:
         f"input {' × '.join(map(str, used['input_size'][1:]))} px, {used['interpolation']}, crop {used['crop_pct']} "
         f"({used['crop_mode']}), one view, no test-time augmentation",
         *([f"peaks divided by `{partition}`"] if partition else []),
-        f"intervals: 95 %, bootstrap over images, {args.get('bootstrap_samples', 'unknown number of')} samples, seed "
-        f"{args.get('seed', 'unknown')}; they tell nothing of how runs differ by their seeds",
+        f"intervals: {INTERVAL}; they do not cover how runs differ by their seeds",
         f"calibration: {measures['calibration']['method']}",
         f"units: {results['units']}",
         f"by examples/evaluate.py on {run.get('device', 'an unknown device')}, {versions or 'unknown versions'}",
     ]
     listed = "\n".join(f"- {line}" for line in protocol)
-    return f"## Results\n\n{accuracy}\n\n{more}\n\nProtocol:\n\n{listed}"
-
-
-def _further_measures(measures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    errors = measures["calibration"]
-    rows = [
-        ("negative log likelihood, nats", _number(errors["nll"], 3)),
-        ("the same, calibrated", _number(errors["nll_calibrated"], 3)),
-        ("expected calibration error, %", _number(errors["ece"])),
-        ("the same, calibrated", _number(errors["ece_calibrated"])),
-    ]
-    peaks = measures.get("peaks", {})
-    hits = measures.get("hits", {})
-    located = measures.get("localisation", {}).get("joint", {})
-    rows += [
-        ("peaks per image", _number(peaks.get("mean"))),
-        ("hit rate, % (paper's table 1)", _number(hits.get("rate"))),
-        ("localisation accuracy, IoU ≥ 0.5, maps of all branches, % (table 2)", _number(located.get("accuracy"))),
-    ]
-    for branch, figures in measures.get("magnification", {}).items():
-        for kind, spread in figures.items():
-            rows.append((f"magnification of {kind}, {branch}, × by area, mean", _number(spread["mean"], 2)))
-    return rows
+    return f"## Results\n\n{tables}\n\nProtocol:\n\n{listed}"
 
 
 def _picture(picture: str | None) -> str:
