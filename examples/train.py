@@ -26,7 +26,15 @@ from support.checkpoints import (
     write_summary,
 )
 from support.files import claimed
-from support.launching import StopSignal, accept_any_encoding, exiting_on, refuse_lone_process, use_cpu_threads
+from support.launching import (
+    DataError,
+    StopSignal,
+    accept_any_encoding,
+    exiting_on,
+    reading,
+    refuse_lone_process,
+    use_cpu_threads,
+)
 from support.loaders import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
 from support.progress import progress as show_progress
 from support.results import evaluate, finish_training
@@ -173,7 +181,7 @@ def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
     bar = show_progress(total=loader.updates_per_epoch, initial=start, desc=f"epoch {epoch + 1}/{args.epochs}",
                         disable=not accelerator.is_main_process, leave=False)
     exchange, total, stopped = Exchange(run), torch.zeros((), device=accelerator.device), False
-    for step, batch in enumerate(loader.read(epoch, start)):
+    for step, batch in enumerate(reading(loader.read(epoch, start))):
         images, target = batch["image"], batch["label"]
         part = step % args.grad_accum_steps * accelerator.num_processes + accelerator.process_index
         seed_batch(args, bare, images, progress.updates, part)
@@ -298,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     accept_any_encoding()
     args = parse_args(argv)
     refuse_lone_process()
-    with exiting_on(KeyboardInterrupt), StopSignal() as stop, exiting_on(OutputError, FloatingPointError):
+    with exiting_on(KeyboardInterrupt), StopSignal() as stop, exiting_on(OutputError, DataError, FloatingPointError):
         with exiting_on(ValueError):
             accelerator = create_accelerator(args)
         set_seed(args.seed)
@@ -383,7 +391,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
         stopped = stopped or finish_epoch(run, epoch, train_loader, val_loader, started)
         if stopped:
             break
-    if stopped or finish_training(run, splits["test"], test_loader, squash):
+    if stopped or finish_training(run, splits["test"], test_loader):
         run.say_stopped()
     accelerator.end_training()
 

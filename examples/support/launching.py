@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -68,14 +68,31 @@ class StopSignal:
         self.name = "Ctrl-C" if kind == signal.SIGINT else signal.Signals(kind).name
 
 
+class DataError(Exception):
+    """A batch could not be read."""
+
+
+def reading(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader; what fails in reading one, in a worker or here, becomes a `DataError`."""
+    iterator = iter(batches)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (ValueError, OSError) as error:
+            # what a worker raised comes with its traceback as text, in which the message is last
+            text = str(error).strip()
+            text = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+            raise DataError(text) from error
+        yield batch
+
+
 @contextmanager
 def exiting_on(*kinds: type[BaseException]) -> Iterator[None]:
     """End with the message alone of errors that the user can mend; all others keep their traceback."""
     try:
         yield
     except kinds as error:
-        lines = str(error).strip().splitlines() or ["interrupted." if isinstance(error, KeyboardInterrupt) else
-                                                    type(error).__name__]
-        # what a worker of a DataLoader raised comes with its traceback as text, the message last
-        text = lines[-1].partition(": ")[2] if "Original Traceback" in str(error) else "\n".join(lines)
+        text = str(error) or ("interrupted." if isinstance(error, KeyboardInterrupt) else type(error).__name__)
         sys.exit(f"{Path(sys.argv[0]).name}: {text}")

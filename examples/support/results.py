@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from support.checkpoints import explaining_output, replacing
 from support.files import replace_text, replacing_file
+from support.launching import reading
 from support.loaders import create_eval_loader
 from support.progress import progress as show_progress
 from support.run import Run, unwrap
@@ -30,7 +31,7 @@ def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[st
         bare.set_branch_logits(True)
     names: list[str] = []
     hits: list[Tensor] = []
-    for batch in show_progress(loader, desc=desc, disable=not accelerator.is_main_process, leave=False):
+    for batch in reading(show_progress(loader, desc=desc, disable=not accelerator.is_main_process, leave=False)):
         with accelerator.autocast():
             output = model(batch["image"])
         known = dict(joint=output)
@@ -66,20 +67,19 @@ def export_backbone(run: Run, test: Any) -> dict[str, float] | None:
     return evaluate(run, plain.to(run.accelerator.device), loader, desc="test, backbone")
 
 
-def draw_picture(run: Run, test: Any, transform: Any) -> None:
-    """Draw what the best weights see in the first test image."""
+def draw_picture(run: Run, image: Tensor) -> None:
+    """Draw what the best weights see in a 3×H×W test image, where they have peaks."""
     model = timm.create_model(f"local-dir:{run.args.output / 'best'}", pretrained=True).eval()
     if not isinstance(model, S3N) or model.config.attention != "sparse" or not model.warped:
         return
-    image = transform(next(iter(test))["image"].convert("RGB"))
-    figure = draw_explanation(model, image, run.data_config["mean"], run.data_config["std"], run.names)
+    figure = draw_explanation(model, image.cpu(), run.data_config["mean"], run.data_config["std"], run.names)
     path = run.args.output / "picture.png"
     with explaining_output(path), replacing_file(path) as partial:
         figure.savefig(partial)
     print(f"What the model sees in a test image: {path}")
 
 
-def finish_training(run: Run, test: Any, test_loader: Any, transform: Any) -> bool:
+def finish_training(run: Run, test: Any, test_loader: Any) -> bool:
     """Test each kind of weights once, write results and a picture, print a table; True where a signal stopped it."""
     output, accelerator = run.args.output, run.accelerator
     same = run.ema is None and run.progress.best_epoch == run.progress.epoch
@@ -93,6 +93,7 @@ def finish_training(run: Run, test: Any, test_loader: Any, transform: Any) -> bo
         top1[kind] = result
     top1.setdefault("best", top1["last"])  # the same weights, where the last epoch is the best
     backbone = export_backbone(run, test)
+    image = next(iter(test_loader))["image"][0]
     if not accelerator.is_main_process:
         return False
     results: dict[str, Any] = dict(test_top1=top1, args=vars(run.args))
@@ -107,7 +108,7 @@ def finish_training(run: Run, test: Any, test_loader: Any, transform: Any) -> bo
         table.add_row("backbone/ alone", *(f"{backbone['joint']:.1f}" if kind == "best" else "" for kind in top1))
     table.add_row("chance", *[f"{100 / len(run.names):.1f}"] * len(top1))
     Console().print(table)
-    draw_picture(run, test, transform)
+    draw_picture(run, image)
     print(f'Load it: import s3n_timm, timm; timm.create_model("local-dir:{output / "best"}", pretrained=True)')
     if backbone is not None:
         print(f'Its backbone, without s3n_timm: timm.create_model("local-dir:{output / "backbone"}", pretrained=True)')
