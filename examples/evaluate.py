@@ -377,7 +377,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             data_config = resolve_data_config(overrides, model=model)
             dataset = load_data(args, model, data_config)
         names, classes = match_classes(dataset, model, args)
-        rows = TransformRows(create_transform(**data_config), classes, image_mode(data_config["input_size"][0]))
         args.output.mkdir(parents=True, exist_ok=True)
     if classes != list(range(len(classes))):
         accelerator.print("The data set has the model's classes in another order: they are matched by name.")
