@@ -148,7 +148,7 @@ def test_beta_learns_from_its_branch(branches):
     model = build(branches=branches, partition_train="all").train()
     outputs = model(images())
     for name in model.warped:
-        beta = getattr(model, f"beta_{name}")
+        beta = model.beta[name]
         (gradient,) = torch.autograd.grad(getattr(outputs, name).square().sum(), beta, retain_graph=True)
         assert gradient.shape == (1,)
         assert gradient.abs() > 0
@@ -362,7 +362,7 @@ def test_explain(branches, gate_scores):
     assert sample.response.shape == sample.peaks.shape == (3, 10, 14)
     assert sample.peaks.any()
     scores = None if gate_scores == "maps" else model.backbone(x).detach()
-    betas = {f"beta_{name}": getattr(model, f"beta_{name}", None) for name in WARPED}
+    betas = {f"beta_{name}": model.beta.get(name) for name in WARPED}
     expected = selective_sample(
         x, maps["original"], scores, mode="expected", branches=model.warped, **betas, **options, **gate
     )
@@ -425,7 +425,7 @@ def test_layer_decay():
     added = [name for name in scales if not name.startswith("backbone.")]
     assert {scales[name] for name in added} == {1.0}
     assert max(depths) < 1
-    assert {decays[f"beta_{name}"] for name in WARPED} == {0.0}
+    assert {decays[f"beta.{name}"] for name in WARPED} == {0.0}
     assert decays["fusion.weight"] == 1e-4
 
 
