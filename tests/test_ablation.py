@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from scripts import ENVIRONMENT, EXAMPLES, SMALL, command, run
+from helpers import ENVIRONMENT, SMALL, command, run
 
 SCRIPT = "experiments/paper_tables.py"
 
@@ -51,10 +51,7 @@ else:
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(EXAMPLES))
     from experiments import paper_tables as ablation
-
-    sys.path.remove(str(EXAMPLES))
     return ablation
 
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 import timm
+from helpers import command, run
 from PIL import Image
-from scripts import command, run
 
 import s3n_timm
 

@@ -3,25 +3,22 @@
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers import EXAMPLES, command, run
 from PIL import Image
 from safetensors.torch import save_file
-from scripts import EXAMPLES, command, run
 
 CLASSES, TRAINING, TEST = 4, 16, 8
 
 
 @pytest.fixture(scope="module")
 def scripts():
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("experiments.cub50"), importlib.import_module("experiments.tables")
-    sys.path.remove(str(EXAMPLES))
+    return importlib.import_module("experiments.cub50"), importlib.import_module("experiments.tables")
 
 
 @pytest.fixture(scope="module")
