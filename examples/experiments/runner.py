@@ -127,7 +127,7 @@ def execute(run: Run) -> None:
 
 
 def execute_all(chains: Iterable[Sequence[Run]], each: Callable[[Run], None], jobs: int = 1) -> None:
-    """Call `each` for every run, chain by chain, or `jobs` chains at a time; what it raises ends all of them.
+    """Call `each` for every run, `jobs` chains at a time; what it raises ends all of them.
 
     Args:
         chains: runs that must follow one another, because they share weights or one learns from another's.
@@ -135,13 +135,15 @@ def execute_all(chains: Iterable[Sequence[Run]], each: Callable[[Run], None], jo
         jobs: how many chains run at a time.
     """
     def follow(chain: Sequence[Run]) -> None:
-        for run in chain:
-            each(run)
+        try:
+            for run in chain:
+                if STOPPING.is_set():
+                    return
+                each(run)
+        except BaseException:
+            STOPPING.set()  # before this thread takes the next chain
+            raise
 
-    if jobs == 1:
-        for chain in chains:
-            follow(chain)
-        return
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(follow, chain) for chain in chains]
         try:
