@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -205,9 +206,10 @@ def test_a_failure_ends_the_command_and_the_next_one_goes_on(stand_in, monkeypat
 
 
 def test_a_failing_job_stops_the_others():
-    stopped = []
+    stopped, begun = [], threading.Barrier(3)
 
     def each(name):
+        begun.wait(60)
         if name == "fails":
             raise RunError("why")
         assert STOPPING.wait(60), "still waiting when the other has failed"
