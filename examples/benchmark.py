@@ -17,8 +17,7 @@ import platform
 import random
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 
 import s3n_timm
 from s3n_timm.data import load
-from s3n_timm.early_exit import predict
+from s3n_timm.early_exit import answer_batch
 from s3n_timm.hub import count_macs
 from s3n_timm.sampling import SelectiveSample, sample_response
 
@@ -257,24 +256,19 @@ def measure_data(args: argparse.Namespace, device: torch.device) -> list[dict[st
 
 
 def measure_soak(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Resident memory of the process while `predict` answers batches of changing size, some images by O alone."""
+    """Resident memory of the process while batches of changing size are answered, some images by O alone."""
     model, _ = create_models(args, device)
     sizes = random.Random(0)
     size, most = args.sizes[0], args.batch_sizes[-1]
-    threshold = next(predict(model.eval(), [draw_images(most, size, args, device)])).entropy.median().item()
+    threshold = answer_batch(model.eval(), draw_images(most, size, args, device)).entropy.median().item()
     images, rows = 0, []
-
-    def count() -> Iterator[Tensor]:
-        nonlocal images
-        while time.monotonic() < until:
-            batch = draw_images(sizes.randint(1, most), size, args, device)
-            images += len(batch)
-            yield batch + 0.1 * torch.randn_like(batch)
-
     for minute in range(args.minutes + 1):
         if minute:  # the first row is the memory before the first minute
             until = time.monotonic() + 60
-            deque(predict(model, count(), exit_entropy=threshold), maxlen=0)
+            while time.monotonic() < until:
+                batch = draw_images(sizes.randint(1, most), size, args, device)
+                answer_batch(model, batch + 0.1 * torch.randn_like(batch), exit_entropy=threshold)
+                images += len(batch)
         row = dict(minute=minute, images=images, resident_mb=psutil.Process().memory_info().rss / 1e6)
         if device.type == "cuda":
             row["device_mb"] = torch.cuda.memory_allocated(device) / 1e6
@@ -314,10 +308,10 @@ def measure_weights(folders: list[str], args: argparse.Namespace, device: torch.
         images = sum(map(len, batches))
         calls[folder] = lambda m=model, batches=batches: [m(x) for x in batches]
         if args.exit_entropy is not None and isinstance(model, s3n_timm.S3N):
-            answers = partial(predict, model, batches, exit_entropy=args.exit_entropy)
-            exited = sum(int(answer.exited.sum()) for answer in answers()) / images
+            answer = partial(answer_batch, model, exit_entropy=args.exit_entropy)
+            exited = sum(int(answer(x).exited.sum()) for x in batches) / images
             rows.append(dict(weights=f"{folder}, early exit", size=size[-1], exited=exited))
-            calls[f"{folder}, early exit"] = lambda answers=answers: deque(answers(), maxlen=0)
+            calls[f"{folder}, early exit"] = lambda answer=answer, batches=batches: [answer(x) for x in batches]
     with torch.inference_mode():
         seconds = time_by_turns(calls, device, **rounds(args))
     for row in rows:

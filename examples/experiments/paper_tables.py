@@ -30,7 +30,7 @@ from support.loaders import count_test_birds
 from tqdm import tqdm
 
 import s3n_timm
-from s3n_timm.model import PRESETS
+from s3n_timm.config import PRESETS
 
 # rows
 
