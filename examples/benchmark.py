@@ -1,27 +1,23 @@
 """What S3N costs beside its backbone, on whatever device is there: `python examples/benchmark.py`.
 
-Every figure is a ratio between things that ran by turns in one process, of the medians of their times, so that a busy
-machine slows them alike. Read it top to bottom: how time and memory are measured, then one function a section:
+Ratios are of the medians of calls that took turns in one process, so that a busy machine slows them alike. Read it top
+to bottom, one function a section:
 
     stage   sampling against two bare grid_sample calls, three backbone passes, and loops over images and peaks
-    model   forward and training step against three plain passes of the backbone
+    model   forward and training step against three plain passes of the backbone: in float32, and with --amp and
+            --compile also in that precision and compiled
     growth  the forward as batch, image, classes and peaks grow
     data    the share of training's wall time in which the device computes
     soak    memory of inference over --minutes, only if asked for
-    rows    forward and training step of the rows of experiments.py, only if asked for
 """
 
 import argparse
 import json
-import math
 import platform
 import random
-import statistics
-import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,119 +27,35 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from experiments.cub50 import ROWS
 from rich.console import Console
 from rich.table import Table
 from support.arguments import parse_args as parse_train_args
 from support.files import replace_text
 from support.launching import exiting_on
 from support.loaders import TrainLoader, create_eval_loader, load_splits
+from support.loops import GRID, STAGE, draw_peaks, sample_by_loops
+from support.timing import Calls, peak_bytes, synchronize, time_by_turns
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
-from train import create_model
 
 import s3n_timm
 from s3n_timm.data import load
-from s3n_timm.early_exit import predict
+from s3n_timm.early_exit import answer_batch
 from s3n_timm.hub import count_macs
 from s3n_timm.sampling import SelectiveSample, sample_response
 
-GRID = 31
-STAGE = dict(mode="expected", grid_size=GRID, floor=0.09, fwhm=13)
-Calls = dict[str, Callable[[], Any]]
-
-# how time and memory are measured
+AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def time_by_turns(calls: Calls, device: torch.device, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each call; rounds go on for --seconds, and for --min-rounds in any case."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + args.seconds
-    for done in range(args.max_rounds):
-        if done >= args.min_rounds and time.perf_counter() > end:
-            break
-        for name, call in calls.items():
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in seconds.items()}
-
-
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The most that a call holds at one time beyond what was held before it."""
-    call()
-    synchronize(device)
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    held = most = 0
-    # torch's own tables give sums by operator; the peak needs the order of events
-    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-def with_gradients(loss: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
-    return lambda: torch.autograd.grad(loss(), inputs)
+def rounds(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(seconds=args.seconds, min_rounds=args.min_rounds, max_rounds=args.max_rounds)
 
 
 # stage
 
 
-def draw_peaks(batch: int, peaks: int, device: torch.device) -> Tensor:
-    """B×G×G responses with so many peaks each, none next to another."""
-    generator = torch.Generator().manual_seed(0)
-    response = torch.zeros(batch, GRID, GRID)
-    free = torch.cartesian_prod(torch.arange(1, GRID, 3), torch.arange(1, GRID, 3))
-    for image in response:
-        y, x = free[torch.randperm(len(free), generator=generator)[:peaks]].unbind(1)
-        image[y, x] = 0.3 + 0.6 * torch.rand(peaks, generator=generator)
-        image[y[:1], x[:1]] = 1  # so that normalising leaves all as they are
-    return response.to(device)
-
-
-def sample_by_loops(image: Tensor, response: Tensor, beta_discriminative: Tensor, beta_complementary: Tensor) -> list:
-    """The stage as equations 2 to 8 are written: image by image, peak by peak, one dense convolution a map."""
-    batch, cells = len(image), torch.arange(GRID, device=image.device, dtype=torch.float32)
-    pad = GRID - 1
-    offset = torch.arange(-pad, pad + 1, device=image.device)
-    falloff = torch.exp(-4 * math.log(2) * offset.square() / STAGE["fwhm"]**2)
-    kernel = (falloff[:, None] * falloff)[None, None]
-    place = torch.arange(-pad, GRID + pad, device=image.device) / (GRID - 1)
-    everywhere = torch.stack(torch.meshgrid(place, place, indexing="xy"))
-    warped = []
-    for i in range(batch):
-        peaks = s3n_timm.find_peaks(response[i:i + 1])[0].nonzero().tolist()
-        for strong, beta in ((True, beta_discriminative), (False, beta_complementary)):
-            q = torch.full((GRID, GRID), STAGE["floor"], device=image.device)
-            for y, x in peaks:
-                value = response[i, y, x]
-                distance = (cells[:, None] - y).square() + (cells - x).square()
-                weight, height = (value, value) if strong else (1 - value, 1 / value)
-                q = q + weight * height * torch.exp(-distance / (value * beta.square()))
-            padded = F.pad(q[None, None], (pad, pad, pad, pad), mode="replicate")
-            mass = F.conv2d(padded, kernel)
-            grid = F.conv2d((padded[0] * everywhere)[:, None], kernel)[:, 0] / mass[0]
-            grid = (2 * grid - 1).clamp(-1, 1)[None]
-            grid = F.interpolate(grid, size=image.shape[-2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
-            warped.append(F.grid_sample(image[i:i + 1], grid, align_corners=True))
-    return [torch.cat(warped[0::2]), torch.cat(warped[1::2])]
+def with_gradients(loss: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(loss(), inputs)
 
 
 def measure_stage(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -174,10 +86,10 @@ def measure_stage(args: argparse.Namespace, device: torch.device) -> list[dict[s
         calls = dict(ours=ours, bare=bare, loops=loops, passes=passes)
         learn = dict(ours=betas, bare=grids, loops=betas, passes=list(plain.parameters()))
         with torch.inference_mode():
-            forward = time_by_turns(calls, device, args)
+            forward = time_by_turns(calls, device, **rounds(args))
         both = {name: with_gradients(lambda call=call: sum(each.sum() for each in images(call)), learn[name])
                 for name, call in calls.items()}
-        backward = time_by_turns(both, device, args)
+        backward = time_by_turns(both, device, **rounds(args))
         for kind, seconds in (("forward", forward), ("forward + backward", backward)):
             rows.append(dict(
                 size=size, batch=batch, peaks=peaks, kind=kind, milliseconds=1000 * seconds["ours"],
@@ -212,12 +124,14 @@ def step(
         x: Tensor,
         target: Tensor,
         criterion: nn.Module,
+        amp: str | None = None,
 ) -> Callable[[], None]:
     """A training step on so many copies of the images, pass by pass: a warped image is one, and takes memory too."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
     def call() -> None:
-        losses = [criterion(model(torch.cat([x] * n) if n > 1 else x), target.repeat(n)) for n in copies]
+        with torch.autocast(x.device.type, AMP.get(amp), enabled=amp is not None):
+            losses = [criterion(model(torch.cat([x] * n) if n > 1 else x), target.repeat(n)) for n in copies]
         sum(losses).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -225,28 +139,41 @@ def step(
     return call
 
 
+def forward(model: nn.Module, copies: tuple[int, ...], x: Tensor, amp: str | None = None) -> Callable[[], None]:
+    """Passes of so many copies of the images, one after the other."""
+    def call() -> None:
+        with torch.autocast(x.device.type, AMP.get(amp), enabled=amp is not None):
+            for n in copies:
+                model(torch.cat([x] * n) if n > 1 else x)
+
+    return call
+
+
 def measure_model(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    ours, plain = create_models(args, device)
-    rows = []
+    eager, rows = create_models(args, device), []
+    variants = [("eager", eager), *([("compiled", tuple(map(torch.compile, eager)))] if args.compile else [])]
     for size, batch in [(s, b) for s in args.sizes for b in args.batch_sizes]:
         x = draw_images(batch, size, args, device)
         target = torch.zeros(batch, dtype=torch.long, device=device)
-        for kind in ("forward", "training step"):
-            if kind == "forward":
-                ours.eval(), plain.eval()
-                calls: Calls = dict(ours=lambda x=x: ours(x), plain=lambda x=x: (plain(x), plain(torch.cat([x, x]))))
-            else:
-                ours.train(), plain.train()
-                calls = dict(ours=step(ours, (1,), x, target, s3n_timm.S3NLoss()),
-                             plain=step(plain, (1, 2), x, target, nn.CrossEntropyLoss()))
-            with torch.inference_mode(kind == "forward"):
-                seconds = time_by_turns(calls, device, args)
-                memory = {name: peak_bytes(call, device) for name, call in calls.items()}
-            rows.append(dict(
-                size=size, batch=batch, kind=kind, seconds=seconds["ours"], images_per_second=batch / seconds["ours"],
-                times_plain=seconds["ours"] / seconds["plain"], megabytes=memory["ours"] / 1e6,
-                memory_times_plain=memory["ours"] / memory["plain"],
-            ))
+        for how, (ours, plain) in variants:
+            for amp in dict.fromkeys((None, args.amp)):
+                for kind in ("forward", "training step"):
+                    for model in eager:
+                        model.train(kind != "forward")
+                    if kind == "forward":
+                        calls: Calls = dict(ours=forward(ours, (1,), x, amp), plain=forward(plain, (1, 2), x, amp))
+                    else:
+                        calls = dict(ours=step(ours, (1,), x, target, s3n_timm.S3NLoss(), amp),
+                                     plain=step(plain, (1, 2), x, target, nn.CrossEntropyLoss(), amp))
+                    with torch.inference_mode(kind == "forward"):
+                        seconds = time_by_turns(calls, device, **rounds(args))
+                        memory = {name: peak_bytes(call, device) for name, call in calls.items()}
+                    rows.append(dict(
+                        size=size, batch=batch, precision=amp or "float32", how=how, kind=kind,
+                        seconds=seconds["ours"], images_per_second=batch / seconds["ours"],
+                        times_plain=seconds["ours"] / seconds["plain"], megabytes=memory["ours"] / 1e6,
+                        memory_times_plain=memory["ours"] / memory["plain"],
+                    ))
     return rows
 
 
@@ -263,9 +190,9 @@ def measure_growth(args: argparse.Namespace, device: torch.device) -> list[dict[
     for name, value, images, side, classes in cases:
         ours, plain = (model.eval() for model in create_models(args, device, classes))
         x = draw_images(images, side, args, device)
-        calls: Calls = dict(ours=lambda m=ours, x=x: m(x), plain=lambda m=plain, x=x: (m(x), m(torch.cat([x, x]))))
+        calls: Calls = dict(ours=forward(ours, (1,), x), plain=forward(plain, (1, 2), x))
         with torch.inference_mode():
-            seconds = time_by_turns(calls, device, args)
+            seconds = time_by_turns(calls, device, **rounds(args))
             memory = {kind: peak_bytes(call, device) for kind, call in calls.items()}
         rows.append(dict(
             grows=name, to=value, milliseconds_per_image=1000 * seconds["ours"] / images,
@@ -278,7 +205,7 @@ def measure_growth(args: argparse.Namespace, device: torch.device) -> list[dict[
         call = lambda r=response: sample_response(  # noqa: E731
             image, r, beta_discriminative=3.9, beta_complementary=13.2, **STAGE)
         with torch.inference_mode():
-            seconds = time_by_turns(dict(ours=call), device, args)
+            seconds = time_by_turns(dict(ours=call), device, **rounds(args))
             rows.append(dict(grows="peaks (the stage alone)", to=peaks,
                              milliseconds_per_image=1000 * seconds["ours"] / batch,
                              megabytes=peak_bytes(call, device) / 1e6))
@@ -295,7 +222,7 @@ def measure_data(args: argparse.Namespace, device: torch.device) -> list[dict[st
         with tempfile.TemporaryDirectory() as folder:
             given = ["--output", folder, "-b", args.batch_sizes[-1], "--img-size", args.sizes[0], "--workers", workers]
             train_args = parse_train_args([str(each) for each in given])
-        accelerator = Accelerator()
+        accelerator = Accelerator(cpu=device.type == "cpu")
         split = load_splits(train_args)["train"]
         ours, _ = create_models(args, device, len(split.features["label"].names))
         config = resolve_data_config(dict(img_size=args.sizes[0]), model=ours)
@@ -329,58 +256,24 @@ def measure_data(args: argparse.Namespace, device: torch.device) -> list[dict[st
 
 
 def measure_soak(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Resident memory of the process while `predict` answers batches of changing size, some images by O alone."""
+    """Resident memory of the process while batches of changing size are answered, some images by O alone."""
     model, _ = create_models(args, device)
     sizes = random.Random(0)
     size, most = args.sizes[0], args.batch_sizes[-1]
-    threshold = next(predict(model.eval(), [draw_images(most, size, args, device)])).entropy.median().item()
+    threshold = answer_batch(model.eval(), draw_images(most, size, args, device)).entropy.median().item()
     images, rows = 0, []
-
-    def count() -> Iterator[Tensor]:
-        nonlocal images
-        while time.monotonic() < until:
-            batch = draw_images(sizes.randint(1, most), size, args, device)
-            images += len(batch)
-            yield batch + 0.1 * torch.randn_like(batch)
-
     for minute in range(args.minutes + 1):
         if minute:  # the first row is the memory before the first minute
             until = time.monotonic() + 60
-            deque(predict(model, count(), exit_entropy=threshold), maxlen=0)
+            while time.monotonic() < until:
+                batch = draw_images(sizes.randint(1, most), size, args, device)
+                answer_batch(model, batch + 0.1 * torch.randn_like(batch), exit_entropy=threshold)
+                images += len(batch)
         row = dict(minute=minute, images=images, resident_mb=psutil.Process().memory_info().rss / 1e6)
         if device.type == "cuda":
             row["device_mb"] = torch.cuda.memory_allocated(device) / 1e6
         rows.append(row)
     return rows
-
-
-# rows of experiments.py
-
-
-def measure_rows(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Images per second of what each row trains, at its own image size, forward and in training."""
-    models, gmacs, batch = {}, {}, args.batch_sizes[-1]
-    for name, row in ROWS.items():
-        if row.trained:  # the same model as another row's
-            continue
-        # --resume: a folder of a run that is there is no fault here
-        given = ["--recipe", "cub50", "--no-pretrained", "--resume", *row.train]
-        train_args = parse_train_args([*given, "--channels-last" if args.channels_last else "--no-channels-last"])
-        x = draw_images(batch, train_args.img_size, args, device)
-        models[name] = create_model(train_args, 50, Accelerator()).to(device), x
-        gmacs[name] = count_macs(models[name][0], x.shape[1:]) / 1e9
-    target = torch.zeros(batch, dtype=torch.long, device=device)
-    for model, _ in models.values():
-        model.eval()
-    with torch.inference_mode():
-        forward = time_by_turns({name: lambda m=m, x=x: m(x) for name, (m, x) in models.items()}, device, args)
-    steps = {name: step(m.train(), (1,), x, target, s3n_timm.S3NLoss()) for name, (m, x) in models.items()}
-    training = time_by_turns(steps, device, args)
-    return [dict(
-        row=name, gmacs=gmacs[name],
-        images_per_second=batch / forward[name], training_images_per_second=batch / training[name],
-        times_plain=forward[name] / forward["plain"], training_times_plain=training[name] / training["plain"],
-    ) for name in models]
 
 
 # trained models
@@ -394,7 +287,7 @@ def read_batches(model: nn.Module, test: Any, args: argparse.Namespace, device: 
     count = min(args.batches, len(test) // batch) * batch
     spread = test.select([i * len(test) // count for i in range(count)])
     loading = argparse.Namespace(batch_size=batch, workers=0)
-    loader = create_eval_loader(spread, create_transform(**config), loading, Accelerator())
+    loader = create_eval_loader(spread, create_transform(**config), loading, Accelerator(cpu=device.type == "cpu"))
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     return [each["image"].contiguous(memory_format=layout) for each in loader]
 
@@ -415,12 +308,12 @@ def measure_weights(folders: list[str], args: argparse.Namespace, device: torch.
         images = sum(map(len, batches))
         calls[folder] = lambda m=model, batches=batches: [m(x) for x in batches]
         if args.exit_entropy is not None and isinstance(model, s3n_timm.S3N):
-            answers = partial(predict, model, batches, exit_entropy=args.exit_entropy)
-            exited = sum(int(answer.exited.sum()) for answer in answers()) / images
+            answer = partial(answer_batch, model, exit_entropy=args.exit_entropy)
+            exited = sum(int(answer(x).exited.sum()) for x in batches) / images
             rows.append(dict(weights=f"{folder}, early exit", size=size[-1], exited=exited))
-            calls[f"{folder}, early exit"] = lambda answers=answers: deque(answers(), maxlen=0)
+            calls[f"{folder}, early exit"] = lambda answer=answer, batches=batches: [answer(x) for x in batches]
     with torch.inference_mode():
-        seconds = time_by_turns(calls, device, args)
+        seconds = time_by_turns(calls, device, **rounds(args))
     for row in rows:
         row["images_per_second"] = images / seconds[row["weights"]]
         row["times_first"] = seconds[row["weights"]] / seconds[folders[0]]
@@ -430,14 +323,12 @@ def measure_weights(folders: list[str], args: argparse.Namespace, device: torch.
 # main
 
 SECTIONS: dict[str, Callable[[argparse.Namespace, torch.device], list[dict[str, Any]]]] = dict(
-    stage=measure_stage, model=measure_model, growth=measure_growth, data=measure_data, soak=measure_soak,
-    rows=measure_rows)
-ASKED_FOR = ("soak", "rows")
+    stage=measure_stage, model=measure_model, growth=measure_growth, data=measure_data, soak=measure_soak)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = f"of {', '.join(SECTIONS)}; all but {' and '.join(ASKED_FOR)} if left out"
+    every = f"of {', '.join(SECTIONS)}; all but soak if left out"
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=every)
     parser.add_argument("--weights", nargs="+", metavar="FOLDER", help="time these trained models side by side instead")
     parser.add_argument("--dataset", help="of train.py: for --weights, its test images in place of noise")
@@ -449,6 +340,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("-b", "--batch-sizes", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--peaks", type=int, nargs="+", default=[5, 50], help="for stage")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="for data")
+    parser.add_argument("--device", type=torch.device, help="cuda, cuda:1, cpu, …; default: the GPU, if there is one")
+    parser.add_argument("--amp", choices=tuple(AMP), help="for model: in this mixed precision as well")
+    parser.add_argument("--compile", action="store_true", help="for model: compiled as well")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seconds", type=float, default=5, help="for each comparison")
     parser.add_argument("--min-rounds", type=int, default=5)
@@ -456,7 +350,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=int, default=30, help="for soak")
     parser.add_argument("--cpu-threads", type=int)
     parser.add_argument("--output", type=Path, help="a JSON file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = [name for name in args.sections if name not in SECTIONS]
     if unknown:
         parser.error(f"unknown section {unknown[0]!r}: choose of {', '.join(SECTIONS)}.")
@@ -483,20 +377,26 @@ def show(name: str, rows: list[dict[str, Any]]) -> None:
     Console(width=160).print(table)
 
 
-def main() -> None:
-    args = parse_args()
-    device = Accelerator().device
-    if args.cpu_threads:
-        torch.set_num_threads(args.cpu_threads)
-    results: dict[str, Any] = dict(
+def describe(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Where and how something was measured."""
+    return dict(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
         threads=torch.get_num_threads(),
         versions=dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
                       s3n_timm=s3n_timm.__version__),
-        args={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        args={name: str(value) if isinstance(value, (Path, torch.device)) else value
+              for name, value in vars(args).items()},
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = args.device or Accelerator().device
+    if args.cpu_threads:
+        torch.set_num_threads(args.cpu_threads)
+    results = describe(args, device)
     print(f"{results['device']}, {results['threads']} threads, torch {torch.__version__}, backbone {args.backbone}")
-    sections = args.sections or [name for name in SECTIONS if name not in ASKED_FOR]
+    sections = args.sections or [name for name in SECTIONS if name != "soak"]
     chosen: Calls = {name: lambda f=SECTIONS[name]: f(args, device) for name in sections}
     if args.weights:
         chosen = dict(weights=lambda: measure_weights(args.weights, args, device))
@@ -509,4 +409,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

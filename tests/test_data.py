@@ -6,7 +6,6 @@ import itertools
 import multiprocessing
 import random
 import shutil
-import sys
 from types import SimpleNamespace
 
 import datasets
@@ -15,13 +14,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import largest_difference, train
 from PIL import Image
-from scripts import EXAMPLES, largest_difference, train
-from timm.data import create_transform
-
-from s3n_timm.data import drawn_birds, recognition_features
-
-sys.path.insert(0, str(EXAMPLES))
 from support.arguments import parse_args
 from support.loaders import (
     TrainingImages,
@@ -31,6 +25,9 @@ from support.loaders import (
     drawing_from,
     load_splits,
 )
+from timm.data import create_transform
+
+from s3n_timm.data import drawn_birds, recognition_features
 
 
 def read(sampler, epoch, start=0):

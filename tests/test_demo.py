@@ -1,6 +1,5 @@
 """examples/demo.py as its users meet it: a real process, over HTTP and in Chromium."""
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -110,11 +109,9 @@ def ask(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("demo_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    import demo
+
+    return demo
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import pytest
 import timm
 import torch
 import visualize
+from helpers import command, run, train
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Circle, Wedge
 from PIL import Image
-from scripts import command, run, train
 
 from s3n_timm import S3N, save
 from s3n_timm.classifier import Classifier

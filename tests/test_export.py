@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import EXAMPLES, command, run
 from PIL import Image
-from scripts import EXAMPLES, command, run
 from timm.data import create_transform
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -378,8 +378,8 @@ def test_int8_accuracy_is_that_of_the_labelled_images(finished, saved):
 
 def test_int8_of_linear_layers(tmp_path):
     """dynamic: a model of convolutions and linear layers has the linear ones quantised alone."""
-    sys.path.insert(0, str(EXAMPLES))
-    quantization = pytest.importorskip("quantization")
+    from support import quantization
+
     model = build("test_convnext")
     images = birds(3)
     torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, input_names=["image"],
@@ -395,8 +395,8 @@ def test_int8_of_linear_layers(tmp_path):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_folding_shares_weights_of_both_passes(bias, tmp_path):
-    sys.path.insert(0, str(EXAMPLES))
-    quantization = pytest.importorskip("quantization")
+    from support import quantization
+
 
     class Twice(nn.Module):
         def __init__(self):
@@ -479,9 +479,9 @@ def test_random_partition_is_refused_or_replaced(tmp_path):
 )
 def test_mistakes_end_in_a_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
     """In this process: starting one for each would take most of the time."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setattr(sys, "argv", ["export.py", *arguments, "--output", str(tmp_path / "out")])
-    script = pytest.importorskip("export")
+    import export as script
+
     with pytest.raises(SystemExit) as exit_:
         script.main()
     said = str(exit_.value.code) + capsys.readouterr().err

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers import command, run
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from PIL import Image
-from scripts import command, run
 from torch import nn
 
 import s3n_timm

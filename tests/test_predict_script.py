@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import ENVIRONMENT, command, run
 from PIL import Image
-from scripts import ENVIRONMENT, command, run
 
 from s3n_timm import S3N, Classifier, save
 from s3n_timm.data import drawn_birds

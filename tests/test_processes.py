@@ -11,11 +11,9 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from scripts import ENVIRONMENT, EXAMPLES, SMALL, largest_difference, run, train
-from torch import nn
-
-sys.path.insert(0, str(EXAMPLES))
+from helpers import ENVIRONMENT, EXAMPLES, SMALL, largest_difference, run, train
 from support.sync_bn import synchronize
+from torch import nn
 
 # two epochs of ten updates of 16 images; the peaks are divided at random
 ARGS = ("--num-images", 170, "--val-fraction", 0.05, "--epochs", 2, "--clip-grad", 1)

@@ -8,16 +8,15 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate import Accelerator
+from helpers import EXAMPLES, command, largest_difference, run, weights
 from PIL import Image
 from safetensors.torch import load_file
-from scripts import EXAMPLES, command, largest_difference, run, weights
+from support.arguments import RECIPES, parse_args
+from training import script, train
 
 import s3n_timm
 from s3n_timm.config import PRESETS
-
-from training import script, train  # isort: skip
-from accelerate import Accelerator
-from support.arguments import RECIPES, parse_args
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""examples/train.py in this process: `train(*flags)` as `scripts.train`, without a fresh interpreter."""
+"""examples/train.py in this process: `train(*flags)` as `helpers.train`, without a fresh interpreter."""
 
 import contextlib
 import io
@@ -7,11 +7,9 @@ import sys
 from unittest import mock
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from scripts import EXAMPLES, SMALL
-
-sys.path.insert(0, str(EXAMPLES))
 import train as script
+from accelerate.state import AcceleratorState, GradientState
+from helpers import EXAMPLES, SMALL
 
 
 def train(*args: object, ok: bool = True, **environment: str) -> str:

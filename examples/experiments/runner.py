@@ -1,154 +1,163 @@
-"""The table of ablation.py: figures of finished runs, over seeds and against the plain backbone, and their files."""
+"""Runs of train.py and evaluate.py in processes of their own, which go on where they were interrupted.
 
-import csv
-import io
+paper_tables.py and cub50.py plan runs; this file executes them and keeps a record of each beside its weights.
+"""
+
 import json
-import statistics
+import os
+import shlex
+import signal
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from rich.console import Console
-from rich.table import Table
 from support.files import replace_text
-from torch import Tensor
 
-from s3n_timm.evaluation import bootstrap_difference
-
-FIGURES = dict(
-    joint=("accuracy", "joint", "top1"),
-    O=("accuracy", "original", "top1"),
-    D=("accuracy", "discriminative", "top1"),
-    C=("accuracy", "complementary", "top1"),
-    localisation=("localisation", "joint", "accuracy"),
-    hit_rate=("hits", "rate"),
-)
-HEADER = ("table", "row", "paper", "passes × epochs", "seeds", "joint", "O", "D", "C", "paper loc. %", "loc. %",
-          "hits %", "s", "− plain", "95 %")
-NOTE = (
-    "Top-1 in % on the test split, mean ± sample standard deviation over seeds. − plain: joint top-1 less that of the "
-    "plain backbone of the same seed, in percentage points. 95 %: paired bootstrap interval of that difference, the "
-    "answers of all seeds taken as if each had images of its own, so a little narrow. paper: its own figures, for "
-    "CUB-200-2011, ResNet-50, 448 px. s: wall-clock seconds of train.py, with its start and its own tests."
-)
-
-# figures of runs
+EXAMPLES = Path(__file__).parents[1]
+STOPPING = threading.Event()  # set when this process is to end: its threads then end the processes they wait for
 
 
-def read_figures(folder: Path) -> dict[str, float | None]:
-    """Figures of a run; None for those of branches, peaks or maps that it does not have."""
-    measures = json.loads((folder / "evaluation" / "results.json").read_text(encoding="utf-8"))["measures"]
-    figures: dict[str, float | None] = {}
-    for name, path in FIGURES.items():
-        value = measures
-        for key in path:
-            value = value.get(key) if value else None
-        figures[name] = value
-    return dict(figures, seconds=json.loads((folder / "command.json").read_text(encoding="utf-8"))["seconds"])
+class Run(NamedTuple):
+    """One training and one evaluation of its weights."""
+
+    name: str
+    seed: int
+    folder: Path  # what train.py writes to
+    train: list[str]
+    evaluate: list[str]
+    settings: dict[str, Any]  # what its metrics depend on
+
+    def __str__(self) -> str:
+        return f"{self.name}, seed {self.seed}"
+
+    @property
+    def evaluation(self) -> Path:
+        """The folder that evaluate.py writes to."""
+        return Path(self.evaluate[self.evaluate.index("--output") + 1])
 
 
-def read_correct(folder: Path) -> tuple[list[tuple[str, str]], Tensor]:
-    """Index and label of every test image, and whether the joint prediction is right."""
-    with (folder / "evaluation" / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [(row["index"], row["label"]) for row in rows], torch.tensor([row["correct_joint"] == "1" for row in rows])
+class RunError(Exception):
+    """A process did not come to its end, or a folder holds another run; the message says which, and what to do."""
 
 
-def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean and sample standard deviation; None for what a run lacks, and for the deviation of one seed."""
-    known = [value for value in values if value is not None]
-    whole = len(known) == len(values)
-    return dict(
-        mean=statistics.fmean(known) if whole else None,
-        sd=statistics.stdev(known) if whole and len(known) > 1 else None,
-        values=list(values),
-    )
+# what is there
 
 
-def compare(folders: Mapping[int, Path], baselines: Mapping[int, Path]) -> dict[str, Any] | None:
-    """Differences of joint top-1 in percentage points seed by seed, and an interval from the answers of all of them.
+def read_record(run: Run) -> dict[str, Any]:
+    path = run.folder / "command.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(settings={}, seconds=0)
+
+
+def is_evaluated(run: Run) -> bool:
+    return all((run.evaluation / name).is_file() for name in ("results.json", "predictions.csv"))
+
+
+def is_done(run: Run) -> bool:
+    return is_evaluated(run) and read_record(run)["settings"] == run.settings
+
+
+def refuse_difference(run: Run) -> None:
+    """Raise a RunError where the run's folder holds training with other settings."""
+    if not any((run.folder / name).exists() for name in ("checkpoints", "last", "evaluation")):
+        return
+    then, now = read_record(run)["settings"], run.settings
+    differing = [f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+                 for key in (*now, *(then.keys() - now)) if then.get(key) != now.get(key)]
+    if differing:
+        why = "; ".join(differing) if then else "it has no command.json"
+        raise RunError(f"{run.folder} holds a run with other settings ({why}): choose another --output or delete it.")
+
+
+# execution
+
+
+def call(command: list[str], run: Run, tick: Callable[[float], None]) -> None:
+    """Run a process with its output in the run's log; `tick` is called with the seconds so far, every few seconds."""
+    path, started = run.folder / "log.txt", time.monotonic()
+    environment = dict(PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8", TQDM_MININTERVAL="30", COLUMNS="120")
+    with path.open("ab", buffering=0) as log:
+        log.write(f"\n$ {shlex.join(command)}\n".encode())
+        begin = log.tell()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment)
+        try:
+            while process.poll() is None and not STOPPING.is_set():
+                try:
+                    process.wait(timeout=2)
+                except subprocess.TimeoutExpired:
+                    tick(time.monotonic() - started)
+        finally:  # whatever ends this process ends that one, which saves what it has
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+            tick(time.monotonic() - started)
+    if process.returncode:
+        said = path.read_bytes()[begin:].decode(errors="replace").replace("\r", "\n").splitlines()
+        lines = "\n".join([f"  {line}" for line in said if line.strip()][-12:])
+        raise RunError(f"{run} failed with exit status {process.returncode}; the end of {path}:\n{lines}")
+
+
+def train(run: Run) -> None:
+    """Train what is left to train."""
+    results = run.folder / "results.json"  # the last thing that train.py writes
+    if results.is_file():
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    before = read_record(run)["seconds"]
+
+    def record(seconds: float) -> None:
+        content = dict(seconds=before + seconds, train=run.train, evaluate=run.evaluate, settings=run.settings)
+        replace_text(run.folder / "command.json", json.dumps(content, indent=1))
+
+    record(0.0)
+    call(run.train, run, record)
+    if not results.is_file():  # as after a SIGTERM
+        raise RunError(f"{run} was stopped before its end: run the same command again to go on.")
+
+
+def execute(run: Run) -> None:
+    """Train and evaluate, or what of it is left."""
+    train(run)
+    if not is_evaluated(run):
+        call(run.evaluate, run, lambda seconds: None)
+
+
+def execute_all(chains: Iterable[Sequence[Run]], each: Callable[[Run], None], jobs: int = 1) -> None:
+    """Call `each` for every run, `jobs` chains at a time; what it raises ends all of them.
 
     Args:
-        folders: of a row's runs, by seed.
-        baselines: of the runs that they are compared with, by seed; seeds that one side lacks are left out.
-
-    Returns:
-        What `spread` says of the differences, with their `seeds` and the `interval`; None without a common seed.
-
-    Raises:
-        SystemExit: two runs of a seed were not tested on the same images in one order.
+        chains: runs that must follow one another, because they share weights or one learns from another's.
+        each: blocks until its run has ended; the run's work is in processes, so threads do to wait for them.
+        jobs: how many chains run at a time.
     """
-    seeds = [seed for seed in folders if seed in baselines]
-    if not seeds:
-        return None
-    differences, ours, theirs = [], [], []
-    for seed in seeds:
-        (images, right), (same, baseline) = read_correct(folders[seed]), read_correct(baselines[seed])
-        if images != same:
-            sys.exit(f"ablation.py: {folders[seed]} and {baselines[seed]} were tested on other images: delete one.")
-        differences.append(100 * (right.double().mean() - baseline.double().mean()).item())
-        ours.append(right)
-        theirs.append(baseline)
-    interval = bootstrap_difference(torch.stack(ours), torch.stack(theirs))
-    return dict(spread(differences), seeds=seeds, interval=[100 * end for end in interval])
+    def follow(chain: Sequence[Run]) -> None:
+        try:
+            for run in chain:
+                if STOPPING.is_set():
+                    return
+                each(run)
+        except BaseException:
+            STOPPING.set()  # before this thread takes the next chain
+            raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(follow, chain) for chain in chains]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            STOPPING.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            STOPPING.clear()
 
 
-def summarise_runs(folders: Mapping[int, Path], baselines: Mapping[int, Path]) -> dict[str, Any]:
-    """The figures of a row's runs, by seed, and how it compares."""
-    each = [read_figures(folder) for folder in folders.values()]
-    figures = {name: spread([of_run[name] for of_run in each]) for name in each[0]}
-    return dict(seeds=list(folders), figures=figures, difference=compare(folders, baselines))
-
-
-# files and print
-
-
-def show(figure: dict[str, Any] | None, form: str = ".1f") -> str:
-    """Mean ± deviation of `spread`; nothing where there is none."""
-    if figure is None or figure["mean"] is None:
-        return ""
-    return format(figure["mean"], form) + ("" if figure["sd"] is None else f" ± {figure['sd']:{form.lstrip('+')}}")
-
-
-def format_row(row: dict[str, Any]) -> list[str]:
-    figures, difference = row["figures"], row["difference"]
-    interval = "" if difference is None else "{:+.1f} to {:+.1f}".format(*difference["interval"])
-    top1 = [show(figures[name]) for name in ("joint", "O", "D", "C")]
-    located = "" if row["paper_localisation"] is None else str(row["paper_localisation"])
-    return [row["table"], row["row"], str(row["paper_top1"]), f"{row['passes_a_step']} × {row['epochs']}",
-            str(len(row["seeds"])), *top1, located, show(figures["localisation"]), show(figures["hit_rate"]),
-            show(figures["seconds"], ".0f"), show(difference, "+.1f"), interval]
-
-
-def write_table(rows: list[dict[str, Any]], output: Path) -> None:
-    """table.json with all figures, table.csv with one column a figure, table.md to read."""
-    replace_text(output / "table.json", json.dumps(dict(note=NOTE, rows=rows), indent=1, ensure_ascii=False))
-
-    lines = []
-    for row in rows:
-        kept = ("table", "row", "paper_top1", "paper_localisation", "passes_a_step", "epochs", "passes")
-        line = {key: row[key] for key in kept} | dict(seeds=len(row["seeds"]))
-        for name, figure in dict(row["figures"], difference=row["difference"] or dict(mean=None, sd=None)).items():
-            line |= {f"{name}_{key}": figure[key] for key in ("mean", "sd")}
-        low, high = row["difference"]["interval"] if row["difference"] else (None, None)
-        lines.append(dict(line, difference_low=low, difference_high=high))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    replace_text(output / "table.csv", text.getvalue())
-
-    aligned = ["---", "---", *["---:"] * (len(HEADER) - 2)]
-    cells = [HEADER, aligned, *map(format_row, rows)]
-    replace_text(output / "table.md", "\n".join(f"| {' | '.join(line)} |" for line in cells) + f"\n\n{NOTE}\n")
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    table = Table(caption=NOTE, caption_justify="left")
-    for i, name in enumerate(HEADER):
-        table.add_column(name, justify="right" if i > 1 else "left")
-    for row in rows:
-        table.add_row(*format_row(row))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+def exit_on_signals() -> None:
+    """SIGINT and SIGTERM end this process by way of its `finally` clauses, which end the processes that it started."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda number, _: sys.exit(128 + number))

@@ -1,4 +1,4 @@
-"""Running the scripts of examples/ as their users do."""
+"""What tests of several scripts share: running them as their users do, and reading the weights that they leave."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""examples/ablation.py: real processes on few drawn birds, quick stand-ins for them, and figures by hand."""
+"""experiments/paper_tables.py: real processes on few drawn birds, quick stand-ins for them, and metrics by hand."""
 
 import contextlib
 import csv
@@ -12,7 +12,10 @@ import sys
 import time
 
 import pytest
-from scripts import ENVIRONMENT, EXAMPLES, SMALL, command, run
+from experiments import paper_tables, tables
+from experiments.runner import RunError
+from experiments.tables import compare_folders, read_metrics, spread
+from helpers import ENVIRONMENT, SMALL, command
 
 SCRIPT = "experiments/paper_tables.py"
 
@@ -50,22 +53,13 @@ else:
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(EXAMPLES))
-    from experiments import paper_tables as ablation
-
-    sys.path.remove(str(EXAMPLES))
-    return ablation
-
-
-@pytest.fixture(scope="module")
-def main(script):
+def main():
     """main() in this process, which keeps its own answers to signals; what it calls are processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signal, "signal", lambda *_: None)
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        yield lambda *args: script.main([str(arg) for arg in args])
+        yield lambda *args: paper_tables.main([str(arg) for arg in args])
 
 
 @pytest.fixture
@@ -108,47 +102,35 @@ def times(folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, main):
-    """Plain and full with one seed; then plain with two, which leaves what is there alone."""
-    output = tmp_path_factory.mktemp("ablation")
-    text = run(command(SCRIPT, "--output", output, "--rows", "plain", "sparse", "--seeds", 0, "--", *FLAGS))
-    before = times(output)
-    with contextlib.redirect_stdout(io.StringIO()) as more:
-        main("--output", output, "--rows", "plain", "--seeds", 0, 1, "--", *FLAGS)
-    return output, text, more.getvalue(), before
+    """Plain and full with one seed."""
+    output = tmp_path_factory.mktemp("paper_tables")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        main("--output", output, "--rows", "plain", "sparse", "--seeds", 0, "--", *FLAGS)
+    return output, said.getvalue()
 
 
-def test_table_holds_the_figures_of_the_runs(trained):
-    output, text, more, _ = trained
+def test_table_holds_the_metrics_of_the_runs(trained):
+    output, text = trained
     rows = read_rows(output)
     assert list(rows) == ["plain", "O+D+C", "sparse", "probability"]
-    plain, full = ([read(output / name / f"seed-{seed}" / "evaluation" / "results.json")["measures"] for seed in seeds]
-                   for name, seeds in (("plain", (0, 1)), ("O+D+C", (0,))))
-    a, b = (each["accuracy"]["joint"]["top1"] for each in plain)
-    joint = rows["plain"]["figures"]["joint"]
-    assert joint["values"] == [a, b]
-    assert joint["mean"] == pytest.approx((a + b) / 2)
-    assert joint["sd"] == pytest.approx(abs(a - b) / 2 ** 0.5)
-    assert rows["plain"]["seeds"] == [0, 1]
+    plain, full = (read(output / name / "seed-0" / "evaluation" / "results.json")["measures"]
+                   for name in ("plain", "O+D+C"))
+    baseline = plain["accuracy"]["joint"]["top1"]
+    assert rows["plain"]["metrics"]["joint"] == dict(mean=baseline, sd=None, values=[baseline])
     assert rows["plain"]["difference"] is None
-    measures = full[0]
     for name in ("O+D+C", "sparse", "probability"):
-        figures = {key: figure["mean"] for key, figure in rows[name]["figures"].items()}
-        assert figures.pop("seconds") > 1
-        accuracy = measures["accuracy"]
-        assert figures == dict(
+        metrics = {key: value["mean"] for key, value in rows[name]["metrics"].items()}
+        assert metrics.pop("seconds") > 1
+        accuracy = full["accuracy"]
+        assert metrics == dict(
             joint=accuracy["joint"]["top1"], O=accuracy["original"]["top1"], D=accuracy["discriminative"]["top1"],
-            C=accuracy["complementary"]["top1"], localisation=measures["localisation"]["joint"]["accuracy"],
-            hit_rate=measures["hits"]["rate"],
-        )
-        assert all(figure["sd"] is None for figure in rows[name]["figures"].values()), "one seed"
-        assert rows[name]["difference"]["mean"] == pytest.approx(accuracy["joint"]["top1"] - a)
+            C=accuracy["complementary"]["top1"], localisation=full["localisation"]["joint"]["accuracy"],
+            hit_rate=full["hits"]["rate"])
+        assert rows[name]["difference"]["mean"] == pytest.approx(accuracy["joint"]["top1"] - baseline)
         assert rows[name]["difference"]["seeds"] == [0]
-    for each in (text, more):
+    for each in (text, (output / "table.md").read_text(encoding="utf-8")):
         assert "probability" in each
         assert "1 × 3" in each
-    markdown = (output / "table.md").read_text(encoding="utf-8")
-    assert f"{joint['mean']:.1f} ± {joint['sd']:.1f}" in markdown
-    assert [row["joint_sd"] for row in read_csv(output / "table.csv")] == [str(joint["sd"]), "", "", ""]
 
 
 def test_rows_get_the_same_passes(trained):
@@ -160,7 +142,7 @@ def test_rows_get_the_same_passes(trained):
 
 def test_evaluation_reads_the_test_split_of_training(trained):
     folders = sorted(trained[0].glob("*/seed-*"))
-    assert len(folders) == 3
+    assert len(folders) == 2
     for folder in folders:
         results = read(folder / "evaluation" / "results.json")
         own = read(folder / "results.json")["test_top1"]["best"]
@@ -171,24 +153,12 @@ def test_evaluation_reads_the_test_split_of_training(trained):
             assert results["measures"]["accuracy"][name]["top1"] == pytest.approx(top1), name
 
 
-def test_what_is_done_is_not_run_again(trained, main, capsys):
-    output, _, more, before = trained
-    now = times(output)
-    assert {path: now[path] for path in before} == before
-    assert "plain, seed 0: done before" in more
-    assert "plain, seed 1: done," in more
-    # what does not change a figure may differ
-    main("--output", output, "--rows", "plain", "--seeds", 0, 1, "--", *FLAGS, "--workers", "1", "--no-verify")
-    assert times(output) == now
-    assert capsys.readouterr().out.count("done before") == 2
-
-
 def test_a_changed_flag_is_refused_by_name(trained, main):
     output = trained[0]
     now = times(output)
     args = ("--output", output, "--rows", "O+D", "plain", "--seeds", 0, "--", *FLAGS)
     said = stopped(main, *args, "--lr", "0.03")
-    assert f"{output / 'plain' / 'seed-0'} was begun otherwise (lr was 0.02 and is 0.03): choose another" in said
+    assert f"{output / 'plain' / 'seed-0'} holds a run with other settings (lr was 0.02 and is 0.03):" in said
     assert "epochs was 3 and is 6" in stopped(main, *args, "--epochs", "2")
     assert "launch was None and is ['python']" in stopped(main, "--launch", "python", *args)
     assert times(output) == now
@@ -213,41 +183,48 @@ def test_a_killed_command_ends_as_an_uninterrupted_one_does(trained, main, tmp_p
     ours, theirs = (read(folder / "evaluation" / "results.json")["measures"] for folder in (cut, whole))
     assert ours == theirs
     assert (cut / "last" / "model.safetensors").read_bytes() == (whole / "last" / "model.safetensors").read_bytes()
-    figures = read_rows(tmp_path)["plain"]["figures"]
-    full = read_rows(trained[0])["plain"]["figures"]
+    figures = read_rows(tmp_path)["plain"]["metrics"]
+    full = read_rows(trained[0])["plain"]["metrics"]
     assert all(figures[name]["values"][0] == full[name]["values"][0] for name in figures if name != "seconds")
-
-
-def test_a_failing_run_is_reported_with_its_log(main, tmp_path, capsys):
-    args = ("--output", tmp_path, "--rows", "plain", "--seeds", 0, "--", *FLAGS, "--lr", "1e30")
-    assert "failed: plain, seed 0." in stopped(main, *args)
-    text = capsys.readouterr().out
-    assert f"plain, seed 0 failed with exit status 1; the end of {tmp_path / 'plain' / 'seed-0' / 'log.txt'}:" in text
-    assert "The loss became" in text
-    assert "Traceback" not in text
-    assert not (tmp_path / "table.md").exists()
 
 
 # stand-ins
 
 
-def test_differences_over_seeds(stand_in, tmp_path, script):
+def test_what_is_done_is_not_run_again(stand_in, tmp_path, capsys):
+    output = tmp_path / "out"
+    stand_in("--rows", "plain", "--seeds", 0)
+    before = times(output)
+    capsys.readouterr()
+    stand_in("--rows", "plain", "--seeds", 0, 1)
+    said = capsys.readouterr().out
+    assert "plain, seed 0: done before" in said
+    assert "plain, seed 1: done," in said
+    now = times(output)
+    assert {path: now[path] for path in before} == before
+    # what changes no metric may differ
+    stand_in("--rows", "plain", "--seeds", 0, 1, flags=["--workers", "1", "--no-verify"])
+    assert times(output) == now
+    assert capsys.readouterr().out.count("done before") == 2
+
+
+def test_differences_over_seeds(stand_in, tmp_path):
     stand_in("--rows", "plain", "O", "probability", "--seeds", 0, 3, 0)
     rows = read_rows(tmp_path / "out")
-    assert rows["plain"]["figures"]["joint"] == dict(mean=43.75, sd=pytest.approx(26.5165), values=[25, 62.5])
+    assert rows["plain"]["metrics"]["joint"] == dict(mean=43.75, sd=pytest.approx(26.5165), values=[25, 62.5])
     assert rows["plain"]["difference"] is None
-    assert rows["O"]["figures"]["joint"]["values"] == [37.5, 75]
+    assert rows["O"]["metrics"]["joint"]["values"] == [37.5, 75]
     assert rows["O"]["difference"]["values"] == [12.5, 12.5]
     assert rows["O"]["difference"]["sd"] == 0
     low, high = rows["O"]["difference"]["interval"]
     assert (low, high) == (0, 31.25), "of 16 answers 2 are gained: 0 to 5 in 95 % of the draws"
-    assert rows["O"]["figures"]["D"] == dict(mean=None, sd=None, values=[None, None])
+    assert rows["O"]["metrics"]["D"] == dict(mean=None, sd=None, values=[None, None])
     lines = (tmp_path / "out" / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[3].startswith("| 2 | O | 86.0 | 1 × 3 | 2 | 56.2 ± 26.5 |  |  |  | 57.7 |  |  | ")
     assert lines[3].endswith("| +12.5 ± 0.0 | +0.0 to +31.2 |")
     assert lines[6].startswith("| 4 | probability | 88.5 | 3 × 1 |")
     assert "of CUB" not in lines[-1]
-    assert lines[-1] == script.print_table.__globals__["NOTE"]
+    assert lines[-1] == tables.NOTE
     line = read_csv(tmp_path / "out" / "table.csv")[1]
     assert (line["difference_mean"], line["difference_low"], line["passes"]) == ("12.5", "0.0", "3")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -259,6 +236,8 @@ def test_the_first_failure_ends_the_command_and_later_ones_are_listed(stand_in, 
     monkeypatch.setenv("FAIL_IN", "train.py " + str(tmp_path / "out" / "O+D" / "seed-1"))
     assert "failed: O+D, seed 1." in stopped(stand_in, *args)
     said = capsys.readouterr().out
+    log = tmp_path / "out" / "O+D" / "seed-1" / "log.txt"
+    assert f"O+D, seed 1 failed with exit status 1; the end of {log}:" in said
     assert "  train.py speaks\n  the last words" in said
     # seed by seed, in the order of the tables
     assert {name: row["seeds"] for name, row in read_rows(tmp_path / "out").items()} == dict(plain=[1], O=[1])
@@ -297,15 +276,15 @@ def test_what_was_interrupted_is_not_taken_for_done(stand_in, tmp_path, monkeypa
         stand_in(*args)  # the stand-in refuses a folder that exists: it was called
 
 
-def test_the_table_is_there_after_each_run(stand_in, tmp_path, script, monkeypatch):
-    execute, seen = script.execute, []
+def test_the_table_is_there_after_each_run(stand_in, tmp_path, monkeypatch):
+    execute, seen = paper_tables.execute, []
 
     def watch(one):
         path = tmp_path / "out" / "table.csv"
         seen.append([row["row"] for row in read_csv(path)] if path.exists() else [])
         execute(one)
 
-    monkeypatch.setattr(script, "execute", watch)
+    monkeypatch.setattr(paper_tables, "execute", watch)
     stand_in("--rows", "plain", "O+D", "all", "--seeds", 0)
     assert seen == [[], ["plain"], ["plain", "O+D"]]
 
@@ -318,7 +297,7 @@ def test_seconds_add_up(stand_in, tmp_path, monkeypatch):
     path.write_text(json.dumps(dict(record, seconds=1000)))
     monkeypatch.delenv("STOP")
     stand_in("--rows", "plain", "--seeds", 0)
-    assert 1000 < read_rows(tmp_path / "out")["plain"]["figures"]["seconds"]["mean"] < 1060
+    assert 1000 < read_rows(tmp_path / "out")["plain"]["metrics"]["seconds"]["mean"] < 1060
     assert 0 < record["seconds"] < 60
 
 
@@ -332,7 +311,7 @@ def test_a_run_that_learned_nothing_may_change(stand_in, tmp_path, monkeypatch):
     assert read(folder / "command.json")["settings"]["lr"] == 0.5
     # a folder of another hand is nobody's to change
     (folder / "command.json").unlink()
-    assert "begun otherwise (by no command of this script)" in stopped(stand_in, *args)
+    assert "holds a run with other settings (it has no command.json)" in stopped(stand_in, *args)
 
 
 def test_rows_of_other_settings_are_left_out_of_the_table(stand_in, tmp_path):
@@ -371,29 +350,30 @@ def test_a_signal_reaches_the_run(tmp_path):
         ("O+D+C", 3, 1, 60), ("saliency", 3, 1, 60), ("response", 3, 1, 60), ("all", 3, 1, 60), ("random", 3, 1, 60),
     ],
 )
-def test_epochs_by_hand(script, name, passes, of_one, of_sixty):
-    assert script.count_passes(script.ROWS[name].options) == passes
-    assert [script.scale_epochs(epochs, passes) for epochs in (1, 60)] == [of_one, of_sixty]
-    assert script.scale_epochs(3, 2) == 5, "halves go up"
+def test_epochs_by_hand(name, passes, of_one, of_sixty):
+    assert paper_tables.count_passes(paper_tables.ROWS[name].options) == passes
+    assert [paper_tables.scale_epochs(epochs, passes) for epochs in (1, 60)] == [of_one, of_sixty]
+    assert paper_tables.scale_epochs(3, 2) == 5, "halves go up"
 
 
-def test_the_papers_figures_and_configurations(script):
-    tables = {name: (row.table, row.paper_top1, row.paper_localisation) for name, row in script.ROWS.items()}
+def test_the_papers_figures_and_configurations():
+    tables = {name: (row.table, row.paper_top1, row.paper_localisation) for name, row in paper_tables.ROWS.items()}
     assert tables == {
         "plain": ("–", 86.0, None), "O": ("2", 86.0, 57.7), "O+D": ("2", 87.6, 59.2), "O+C": ("2", 87.3, 56.6),
         "D+C": ("2", 87.5, 62.6), "O+D+C": ("2", 88.5, 65.2), "saliency": ("3", 85.9, None),
         "response": ("3", 87.8, None), "sparse": ("3", 88.5, None), "all": ("4", 87.7, None),
         "random": ("4", 87.9, None), "probability": ("4", 88.5, None),
     }
-    assert [script.trained_as(name) for name in ("O+D+C", "sparse", "probability", "all")] == [*["O+D+C"] * 3, "all"]
+    trained = [paper_tables.trained_as(name) for name in ("O+D+C", "sparse", "probability", "all")]
+    assert trained == [*["O+D+C"] * 3, "all"]
 
 
-def plan(script, *flags, name="O+D+C", seed=0):
-    return script.plan_run(name, seed, script.parse_args(["--", *map(str, flags)]))
+def plan(*flags, name="O+D+C", seed=0):
+    return paper_tables.plan_run(name, seed, paper_tables.parse_args(["--", *map(str, flags)]))
 
 
-def test_rows_differ_in_nothing_but_what_they_compare(script):
-    plans = {name: plan(script, *FLAGS, name=name).settings for name in script.ROWS}
+def test_rows_differ_in_nothing_but_what_they_compare():
+    plans = {name: plan(*FLAGS, name=name).settings for name in paper_tables.ROWS}
     full = plans["O+D+C"]
     differing = {name: {key for key in full if each[key] != full[key]} for name, each in plans.items()}
     budget = {"epochs", "warmup_epochs"}
@@ -406,29 +386,29 @@ def test_rows_differ_in_nothing_but_what_they_compare(script):
     recipe = dict(backbone_args=dict(output_stride=16))
     assert full["model_kwargs"] == plans["plain"]["model_kwargs"] == recipe
     assert plans["all"]["model_kwargs"] == dict(recipe, partition_train="all", partition_eval="all")
-    assert plan(script, *FLAGS, seed=7).settings["seed"] == 7
+    assert plan(*FLAGS, seed=7).settings["seed"] == 7
 
 
-def test_the_output_that_is_tabulated_chooses_the_epoch(script, tmp_path):
-    plans = [plan(script, "--dataset", "folder", "--data-dir", tmp_path, name=name) for name in script.ROWS]
+def test_the_output_that_is_tabulated_chooses_the_epoch(tmp_path):
+    plans = [plan("--dataset", "folder", "--data-dir", tmp_path, name=name) for name in paper_tables.ROWS]
     assert {run.settings["answer"] for run in plans} == {"joint"}, "the recipe of one's own data has the mean"
 
 
-def test_further_arguments_are_merged(script):
+def test_further_arguments_are_merged():
     flags = [*FLAGS, "--model-kwargs", '{"grid_size": 21}']
     for name, more in (("O+D", {}), ("random", dict(partition_train="random", partition_eval="random"))):
-        assert plan(script, *flags, name=name).settings["model_kwargs"] == dict(grid_size=21, **more)
-    other = plan(script, *FLAGS, "--backbone", "resnet18", name="all")  # whose arguments the recipe does not know
+        assert plan(*flags, name=name).settings["model_kwargs"] == dict(grid_size=21, **more)
+    other = plan(*FLAGS, "--backbone", "resnet18", name="all")  # whose arguments the recipe does not know
     assert other.settings["model_kwargs"] == dict(partition_train="all", partition_eval="all")
 
 
-def test_schedules_stretch_with_the_epochs(script):
+def test_schedules_stretch_with_the_epochs():
     flags = ["--dataset", "cub", "--preset", "original", "--warmup-epochs", 3, "--freeze-epochs", 1]
     flags += ["--decay-milestones", 30, 45]
     expected = {"plain": (180, 9, 3, [90, 135]), "O+D": (90, 5, 2, [45, 68]), "D+C": (60, 3, 1, [30, 45])}
     keys = ("epochs", "warmup_epochs", "freeze_epochs", "decay_milestones")
     for name, figures in expected.items():
-        settings = plan(script, *flags, name=name).settings
+        settings = plan(*flags, name=name).settings
         assert tuple(settings[key] for key in keys) == figures
         warmup = settings["model_kwargs"].get("partition_warmup_epochs")
         assert warmup == {"plain": None, "O+D": 32, "D+C": 21}[name]
@@ -451,14 +431,14 @@ def words_after(words, flag):
          {"--split": "test", "--label-column": "kind", "--batch-size": "5"}),
     ],
 )
-def test_evaluation_follows_training(script, flags, kind, expected):
-    one = plan(script, *flags, seed=5)
+def test_evaluation_follows_training(flags, kind, expected):
+    one = plan(*flags, seed=5)
     assert one.evaluate[2].endswith(f"O+D+C/seed-5/{kind}")
     assert {flag: words_after(one.evaluate, flag) for flag in expected} == expected
     assert words_after(one.evaluate, "--seed") == words_after(one.train, "--seed") == "5"
     assert one.train[-1] == "--resume"
     assert "--no-verify" not in one.evaluate
-    assert "--no-verify" in plan(script, *flags, "--no-verify").evaluate
+    assert "--no-verify" in plan(*flags, "--no-verify").evaluate
 
 
 @pytest.mark.parametrize(
@@ -474,20 +454,19 @@ def test_evaluation_follows_training(script, flags, kind, expected):
         (["--rows", "D"], "argument --rows: invalid choice: 'D'"),
     ],
 )
-def test_bad_arguments_end_in_one_sentence(script, capsys, args, message):
-    stopped(script.parse_args, args)
+def test_bad_arguments_end_in_one_sentence(capsys, args, message):
+    stopped(paper_tables.parse_args, args)
     assert message in capsys.readouterr().err
 
 
-def test_spread_by_hand(script):
-    spread = script.summarise_runs.__globals__["spread"]
+def test_spread_by_hand():
     assert spread([1.0, 2.0, 6.0]) == dict(mean=3, sd=pytest.approx(7 ** 0.5), values=[1, 2, 6])
     assert spread([1.0, 2.0, 6.0])["sd"] == pytest.approx(statistics.stdev([1, 2, 6]))
     assert spread([4.0]) == dict(mean=4, sd=None, values=[4])
     assert spread([4.0, None]) == dict(mean=None, sd=None, values=[4, None])
 
 
-def test_figures_of_a_run(script, tmp_path):
+def test_figures_of_a_run(tmp_path):
     outputs = ("joint", "original", "discriminative", "complementary")
     measures = dict(
         accuracy={name: dict(top1=i, top5=90 + i) for i, name in enumerate(outputs)},
@@ -500,7 +479,7 @@ def test_figures_of_a_run(script, tmp_path):
     for lacking in ((), ("localisation",), ("localisation", "hit_rate")):
         found = {name: value for name, value in measures.items() if name.replace("hits", "hit_rate") not in lacking}
         (tmp_path / "evaluation" / "results.json").write_text(json.dumps(dict(measures=found)))
-        assert script.read_figures(tmp_path) == expected | dict.fromkeys(lacking)
+        assert read_metrics(tmp_path) == expected | dict.fromkeys(lacking)
 
 
 def write_answers(folder, right, labels=None):
@@ -510,18 +489,19 @@ def write_answers(folder, right, labels=None):
     return folder
 
 
-def test_runs_are_compared_seed_by_seed(script, tmp_path):
-    compare = script.summarise_runs.__globals__["compare"]
+def test_runs_are_compared_seed_by_seed(tmp_path):
     ours = {seed: write_answers(tmp_path / f"a{seed}", right) for seed, right in (
         (0, [1, 1, 1, 1]), (1, [1, 1, 0, 0]), (2, [1, 1, 1, 1]))}
     theirs = {seed: write_answers(tmp_path / f"b{seed}", right) for seed, right in (
         (1, [1, 1, 1, 0]), (0, [0, 0, 1, 1]), (5, [0] * 4))}
-    found = compare(ours, theirs)
+    found = compare_folders(ours, theirs)
     assert found["seeds"] == [0, 1]
     assert found["values"] == [50, -25]
     assert (found["mean"], found["sd"]) == (12.5, pytest.approx(75 / 2 ** 0.5))
     assert found["interval"][0] < 12.5 < found["interval"][1]
-    assert compare({0: ours[0]}, {1: theirs[1]}) is None
-    assert compare({0: ours[0]}, {0: ours[1]})["interval"][0] >= 0, "the same images cancel"
+    assert compare_folders({0: ours[0]}, {1: theirs[1]}) is None
+    assert compare_folders({0: ours[0]}, {0: ours[1]})["interval"][0] >= 0, "the same images cancel"
     other = write_answers(tmp_path / "c", [1, 1, 1, 1], labels=[0, 0, 1, 0])
-    assert f"{ours[0]} and {other} were tested on other images" in stopped(compare, {0: ours[0]}, {0: other})
+    with pytest.raises(RunError) as error:
+        compare_folders({0: ours[0]}, {0: other})
+    assert f"{ours[0]} and {other} were tested on other images" in str(error.value)
