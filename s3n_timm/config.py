@@ -63,7 +63,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
 
 def check_count(name: str, value: Any, low: int, high: int, odd: bool = False) -> None:
     """Raise a ValueError that names the argument unless `value` is a whole number from `low` to `high`."""
-    fits = isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+    fits = isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
     if not fits or (odd and value % 2 == 0):
         kind = "an odd" if odd else "a"
         raise ValueError(f"{name} must be {kind} whole number from {low} to {high}, got {reprlib.repr(value)}.")
@@ -72,7 +72,7 @@ def check_count(name: str, value: Any, low: int, high: int, odd: bool = False) -
 def _read_pair(name: str, value: Any, most: int, form: str) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, Integral) else value
     fits = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(
-        isinstance(side, Integral) and not isinstance(side, bool) and 2 <= side <= most for side in pair
+        isinstance(side, Integral) and not isinstance(side, bool) and 2 <= int(side) <= most for side in pair
     )
     if not fits:
         raise ValueError(f"{name} must be {form}, each from 2 to {most}, got {reprlib.repr(value)}.")

@@ -12,7 +12,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -229,7 +229,7 @@ def is_plain(classifier: nn.Module) -> bool:
 def classify_maps(classifier: nn.Module, hidden: Tensor) -> Tensor:
     """Apply a linear classifier, of whatever kind, at every position: B×D'×h×w to class response maps B×C×h×w."""
     if is_plain(classifier):
-        return class_response_maps(hidden, classifier)
+        return class_response_maps(hidden, cast(nn.Linear | nn.Conv2d, classifier))
     logits = classify(classifier, hidden.movedim(1, 3).flatten(0, 2))
     return logits.unflatten(0, (hidden.shape[0], *hidden.shape[2:])).movedim(3, 1)
 

@@ -73,6 +73,8 @@ class S3NLoss(nn.Module):
         ]
         if self.distillation:
             student = logits.joint if logits.original is None else logits.original
+            if student is None:
+                raise ValueError("distillation needs the original branch's logits.")
             if teacher is None:
                 others = [each / self.temperature for name, each in logits._asdict().items()
                           if each is not None and name != "original"]

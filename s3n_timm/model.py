@@ -172,11 +172,7 @@ class S3N(nn.Module):
         return self.head.response(self.backbone, features, logits, **self._options(*GATE_OPTIONS))
 
     def sample(
-            self,
-            x: Tensor,
-            features: Tensor,
-            logits: Tensor,
-            branches: Sequence[str] | None = None,
+            self, x: Tensor, features: Tensor, logits: Tensor, branches: Sequence[str] | None = None,
     ) -> SelectiveSample:
         """Warp B×3×H×W images by the response of their features and logits (eq. 2 to 8), in float32."""
         with torch.autocast(x.device.type, enabled=False):
@@ -270,11 +266,12 @@ class S3N(nn.Module):
     def forward(self, x: Tensor) -> Tensor | S3NLogits:
         if self.num_classes == 0:
             return self.forward_head(self.forward_features(x))
-        if self.training if self._branch_logits is None else self._branch_logits:
-            return self.forward_branches(x, keep_sample=False)[0]
-        if self.training:
-            return self.forward_branches(x, keep_sample=False)[0].joint
-        return self.decide(self.forward_branches(x, keep_sample=False, branches=self.answering)[0])
+        wants_branches = self.training if self._branch_logits is None else self._branch_logits
+        branches = self.warped if wants_branches or self.training else self.answering
+        logits, _, _ = self.forward_branches(x, keep_sample=False, branches=branches)
+        if wants_branches:
+            return logits
+        return self.decide(logits, "joint" if self.training else None)
 
     @property
     def answering(self) -> tuple[str, ...]:
@@ -282,9 +279,10 @@ class S3N(nn.Module):
         answer = self.config.answer
         return self.warped if answer in ("joint", "mean") else tuple(b for b in self.warped if b == answer)
 
-    def decide(self, logits: S3NLogits) -> Tensor:
-        """The B×C logits that are the prediction, by `answer`."""
-        return mean_answer(logits) if self.config.answer == "mean" else getattr(logits, self.config.answer)
+    def decide(self, logits: S3NLogits, answer: str | None = None) -> Tensor:
+        """The B×C logits that are the prediction, by `answer`, the model's own by default."""
+        answer = self.config.answer if answer is None else answer
+        return mean_answer(logits) if answer == "mean" else getattr(logits, answer)
 
     @torch.no_grad()
     def explain(self, x: Tensor) -> Explanation:
@@ -401,10 +399,7 @@ class S3N(nn.Module):
         return self.head.to_map(out[0], x.shape[-2:]), out[1]
 
     def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+            self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True,
     ) -> list[int]:
         """Drop what the chosen intermediate features don't need."""
         taken = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
