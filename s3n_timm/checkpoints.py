@@ -24,7 +24,8 @@ from timm.models import PretrainedCfg, get_model_args
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .config import MAX_BUILT_SIZE, MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, check_count
+from .config import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, check_count
+from .heads import MAX_BUILT_SIZE
 from .model import S3N
 
 _logger = logging.getLogger(__name__)
