@@ -13,7 +13,6 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 CLASSIFIERS = ("classifier.discriminative", "classifier.complementary", "fusion")  # beside the backbone's own
-MAX_TENSORS = 20_000  # ten times what the deepest models of timm have
+MAX_TENSORS = 5_000  # large models of timm have some 1,200
 MAX_PARAMETERS = 5_000_000_000  # timm's largest has 4.4 billion
 MAX_INPUT = 3 * MAX_BUILT_SIZE**2  # numbers of an input image: a backbone reads one while it is built
 MAX_RESIZED = 4_096**2  # pixels of an image before its crop
@@ -166,7 +165,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: S3N) -> dict[str,
     classifiers = (f"backbone.{model.head.classifier}", *CLASSIFIERS)
     strange = [name for name in as_names(cfg.get("classifier")) if name not in classifiers]
     if strange:  # timm leaves out what these name where the number of classes differs
-        raise RuntimeError(f"pretrained_cfg: classifier names what is no classifier of this S3N: {join_names(strange)}.")
+        raise RuntimeError(f"pretrained_cfg: classifier names other modules than classifiers: {join_names(strange)}.")
     if cfg.get("source") in ("local-dir", "hf-hub") or any(name.startswith("backbone.") for name in state_dict):
         whole = dict(state_dict)
     else:
@@ -336,7 +335,7 @@ def check_cfg(cfg: Mapping[str, Any], *, plain: bool = False) -> None:
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(low < value < high)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low < value < high
 
 
 def _are_numbers(values: Any, low: float, high: float) -> bool:
@@ -381,7 +380,7 @@ def check_numbers(name: str, value: Any) -> None:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for each in value:
             check_numbers(name, each)
-    elif isinstance(value, Real) and abs(value) > MAX_SIDE:
+    elif isinstance(value, (int, float)) and not abs(value) <= MAX_SIDE:
         raise ValueError(f"{name} must be at most {MAX_SIDE}, got {reprlib.repr(value)}.")
 
 

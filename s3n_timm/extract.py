@@ -12,8 +12,6 @@ from .checkpoints import known_label_names
 from .checkpoints import label_names as names_of
 from .model import S3N
 
-PREPROCESSING = ("interpolation", "mean", "std", "crop_pct", "crop_mode")
-
 
 def extract_backbone(
         model: S3N,
@@ -44,7 +42,7 @@ def extract_backbone(
     if not isinstance(model, S3N):
         raise TypeError(f"extract_backbone needs an S3N, without a wrapper around it, got {type(model).__name__}.")
     if "O" not in model.config.branches:
-        raise ValueError(f"branches={model.config.branches!r} has no O branch to extract: train with one of those that have O.")
+        raise ValueError(f"branches={model.config.branches!r} has no O branch to extract: train one that has it, as O+D+C.")
     if not model.num_classes:
         raise ValueError("The model has num_classes=0, so its backbone has no classifier to extract.")
     if label_names is None:
@@ -57,7 +55,9 @@ def extract_backbone(
     channels, *size = config["input_size"]
     own = getattr(backbone, "pretrained_cfg", None) or {}
     backbone.pretrained_cfg = dict(
-        {name: config[name] for name in PREPROCESSING},
+        {name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")},
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
         architecture=own.get("architecture"),
         input_size=(channels, *(model.config.scan_size or size)),
         fixed_input_size=get_model_input_config(backbone)["fixed_input_size"],

@@ -96,9 +96,11 @@ def _create_s3n(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
             _check_saved(variant, pretrained, kwargs)
         elif not fixed and isinstance(backbone, str) and not kwargs.get("pretrained_cfg"):
             kwargs["pretrained_cfg"] = replace(_backbone_cfg(backbone), architecture=variant)
-        file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
-        if pretrained and file is not None:
-            check_weights_file(file)
+        given = kwargs.get("pretrained_cfg_overlay") or {}
+        if pretrained and given.get("file") is not None:
+            check_weights_file(given["file"])
+        if pretrained and given.get("state_dict") == {}:  # timm would ask the Hub for other weights
+            raise RuntimeError("The state dict in pretrained_cfg_overlay is empty.")
         levels = _count_levels(backbone) if kwargs.get("features_only") else ()
         return build_model_with_cfg(
             S3N,

@@ -286,7 +286,7 @@ def test_poisoned_weights_of_a_plain_backbone(tmp_path):
 
 def test_a_file_that_is_no_safetensors_is_said_to_be_unreadable(folder):
     (folder / "model.safetensors").write_bytes(b"\x10" * 100)
-    with pytest.raises(RuntimeError, match=r"weights of .*model.safetensors cannot be read \(SafetensorError: .*is the file whole\?"):
+    with pytest.raises(RuntimeError, match=r"weights of .* cannot be read \(SafetensorError: .*is the file whole\?"):
         from_folder(folder)
 
 

@@ -198,7 +198,7 @@ def test_architecture_of_no_model(folder, architecture):
         (False, dict(pretrained_cfg__crop_pct=0.003), "crop_pct"),
         (True, dict(model_args__layers=[1, 1, 1, 100_000]), "layers must be at most"),
         (True, dict(model_args__layers=[1, 1, 1, 60_000]), "parameters|tensors"),
-        (True, dict(model_args__layers=[1, 1, 1, 900]), "too few"),
+        (True, dict(model_args__layers=[1, 1, 1, 300]), "too few"),
         (True, dict(pretrained_cfg__input_size=[3, 8192, 8192]), "input_size has more than"),
         (True, dict(pretrained_cfg__crop_pct=0.003), "crop_pct"),
         (True, dict(model_args__pretrained_strict=False), "must not have pretrained_strict"),

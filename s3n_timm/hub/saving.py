@@ -32,8 +32,10 @@ from ..checkpoints import (
     explain_damage,
     join_names,
     known_label_names,
-    label_names as names_of,
     read_header,
+)
+from ..checkpoints import (
+    label_names as names_of,
 )
 from ..images import read_image
 from ..model import S3N
@@ -51,10 +53,13 @@ MAX_CONFIG = 50_000_000  # bytes of a config.json: 65,536 names take some 3 MB
 def replacing_file(path: Path) -> Iterator[Path]:
     """A file to write to, under a name that no other writer has, that takes the place of `path` once it is on disk."""
     partial = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    partial.touch()
+    mode = partial.stat().st_mode  # as the user's umask has it: safetensors makes files that only their owner can read
     try:
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
+        partial.chmod(mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
