@@ -17,11 +17,11 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import s3n_timm
+from s3n_timm.checkpoints import label_names
 from s3n_timm.images import expand_path, find_images, image_mode
 from s3n_timm.peaks import PARTITION_MODES
 
@@ -90,17 +90,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_model(args: argparse.Namespace) -> nn.Module:
     """The model in eval mode, with the partition that the arguments ask for."""
     name = args.weights
-    saved = name.startswith("hf-hub:") or (Path(name) / "config.json").is_file()
-    if not saved and not timm.is_model(name):
-        raise ValueError(f"WEIGHTS {name} is no folder of s3n_timm.save, no hf-hub:USER/NAME and no name in timm.")
-    if not saved:
+    untrained = timm.is_model(name) and not (Path(name) / "config.json").is_file()
+    if untrained:
         print(f"{name} is untrained: its logits and peaks are those of random weights.")
         torch.manual_seed(0)
     try:
-        local = saved and not name.startswith("hf-hub:")
-        model = timm.create_model(f"local-dir:{name}" if local else name, pretrained=saved).eval()
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"WEIGHTS {name} cannot be loaded as a timm model ({error}).") from error
+        model = s3n_timm.load_model(name, pretrained=not untrained).eval()
+    except ValueError as error:
+        raise ValueError(f"WEIGHTS {error}") from error
     if isinstance(model, s3n_timm.S3N) and model.attention == "sparse" and model.warped:
         if args.partition_eval:
             model.partition_eval = args.partition_eval
@@ -168,7 +165,7 @@ def export_files(model: nn.Module, image: Tensor, data_config: dict[str, Any], a
                 exported.save(path, external_data=False)
     names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     preprocessing = {name: data_config[name] for name in names}
-    preprocessing["label_names"] = model.pretrained_cfg.get("label_names")
+    preprocessing["label_names"] = label_names(model)
     replace_text(args.output / "preprocessing.json", json.dumps(preprocessing, indent=1))
 
 

@@ -6,8 +6,9 @@
 from .attention import sampling_map
 from .classifier import Classifier
 from .config import S3NConfig
+from .extract import extract_backbone
 from .heads import NoResponseMap
-from .hub import push_to_hub, save
+from .hub import load_model, push_to_hub, save
 from .loss import S3NLoss
 from .model import S3N
 from .original import load_original_checkpoint
@@ -30,8 +31,10 @@ __all__ = [
     "S3NLoss",
     "SelectiveSample",
     "class_response_maps",
+    "extract_backbone",
     "find_peaks",
     "gate_response",
+    "load_model",
     "load_original_checkpoint",
     "normalize_response",
     "partition_peaks",

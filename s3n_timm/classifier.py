@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from . import hub
+from .checkpoints import label_names
+from .hub import load_model
 from .images import ImageLike, read_image
 
 
@@ -48,8 +47,7 @@ class Classifier:
         self.batch_size = batch_size
         self.data_config: dict[str, Any] = resolve_data_config({}, model=model)
         self.transform = create_transform(**self.data_config)
-        known = getattr(model, "pretrained_cfg", {}).get("label_names")
-        self.label_names = list(map(str, known or range(int(model.num_classes))))  # type: ignore[arg-type]
+        self.label_names = label_names(model)
 
     @classmethod
     def from_pretrained(
@@ -59,24 +57,12 @@ class Classifier:
             device: str | torch.device | None = None,
             batch_size: int = 16,
     ) -> "Classifier":
-        """Load a folder of `s3n_timm.save`, or `USER/NAME`, with or without `hf-hub:`, of the Hub.
+        """Load a model by its folder or name, as `s3n_timm.load_model` does.
 
         Raises:
             ValueError: there is no such model, or it cannot be loaded; the message says why.
         """
-        folder = Path(str(name).removeprefix("local-dir:"))
-        try:
-            if folder.is_dir():
-                if not (folder / "config.json").is_file():
-                    raise ValueError("it has no config.json: name a folder that s3n_timm.save wrote")
-                model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-            elif str(name).startswith("hf-hub:") or (isinstance(name, str) and name.count("/") == 1 and name[0] != "."):
-                model = hub.load(str(name).removeprefix("hf-hub:"))
-            else:
-                raise ValueError("it is no folder, and names on the Hub have the form USER/NAME")
-        except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{name} cannot be loaded: {str(error).strip().rstrip('.')}.") from error
-        return cls(model, device=device, batch_size=batch_size)
+        return cls(load_model(name), device=device, batch_size=batch_size)
 
     def __call__(self, images: Any, top_k: int = 5) -> list[Any]:
         """Name what images show.

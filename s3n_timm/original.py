@@ -6,9 +6,7 @@ Its network is a torchvision ResNet with the two necks, four classifiers, the sc
 
 import logging
 import math
-import os
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ import timm
 import torch
 from torch import Tensor
 
+from .checkpoints import check_regular_file, check_shapes, check_values, check_weights_file, join_names
 from .config import MAX_CLASSES, check_count
 from .model import S3N
-from .registry import check_shapes, check_values, join_names
 from .sampling import gaussian_kernel
 
 _logger = logging.getLogger(__name__)
@@ -145,10 +143,9 @@ def _create(depth: int, classes: int, kernel: str) -> S3N:
 
 def _read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The original's names, without `module.`, to tensors."""
-    with open(path, "rb"):
-        pass  # a file that cannot be opened is an OSError that names it; what torch says of others is for its makers
+    check_regular_file(path)  # an OSError that names it; what torch says of other faults is for its makers
     try:
-        _refuse_compression(path)
+        check_weights_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on a damaged file torch and pickle raise anything
         raise RuntimeError(
@@ -169,15 +166,6 @@ def _read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if twice:
         raise RuntimeError(f"{path} has keys both with and without 'module.': {join_names(twice)}.")
     return {names[name]: tensor for name, tensor in state.items()}
-
-
-def _refuse_compression(path: str | Path) -> None:
-    """Refuse an archive that unpacks to more than the file: torch.save does not compress."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > os.path.getsize(path):
-            raise ValueError("The archive is compressed.")
 
 
 def _find_depth(state: Mapping[str, Tensor]) -> int:

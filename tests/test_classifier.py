@@ -175,7 +175,7 @@ def test_models(folder, tmp_path):
         Classifier(timm.create_model("test_resnet", num_classes=0))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Classifier(build(), batch_size=0)
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="no such folder"):
         Classifier.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no config\.json"):
         Classifier.from_pretrained(tmp_path)

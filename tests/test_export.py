@@ -467,7 +467,7 @@ def test_random_partition_is_refused_or_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("nowhere",), "WEIGHTS nowhere is no folder of s3n_timm.save"),
+        (("nowhere",), "WEIGHTS nowhere cannot be loaded: there is no such folder"),
         (("test_resnet", "--opset", "15"), "--opset must be 16 or later"),
         (("test_resnet", "--batch-sizes", "0"), "--batch-sizes must be positive"),
         (("test_resnet", "--int8", "static"), "--int8 and --dataset belong together"),

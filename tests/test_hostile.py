@@ -286,7 +286,7 @@ def test_poisoned_weights_of_a_plain_backbone(tmp_path):
 
 def test_a_file_that_is_no_safetensors_is_said_to_be_unreadable(folder):
     (folder / "model.safetensors").write_bytes(b"\x10" * 100)
-    with pytest.raises(RuntimeError, match=r"weights of s3n cannot be read \(SafetensorError: .*is the file whole\?"):
+    with pytest.raises(RuntimeError, match=r"weights of .* cannot be read \(SafetensorError: .*is the file whole\?"):
         from_folder(folder)
 
 
@@ -476,7 +476,7 @@ def test_config_that_is_none(folder, text):
         ("pretrained_cfg.mean", [math.nan], "mean must be a number for each channel"),
         ("pretrained_cfg.std", [0, 1, 1], "std must be a number for each channel, each positive"),
         ("pretrained_cfg.crop_pct", 0, "crop_pct must be a positive number"),
-        ("pretrained_cfg.crop_mode", "round", "crop_mode must be 'center'"),
+        ("pretrained_cfg.crop_mode", "round", "crop_mode must be one of center"),
         ("pretrained_cfg.interpolation", 3, "interpolation must be one of"),
         ("pretrained_cfg.classifier", [1], "classifier must be a module's name"),
         ("pretrained_cfg.custom_load", True, "custom_load must be left out"),

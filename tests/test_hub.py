@@ -7,6 +7,7 @@ functions of this module by name; the tests set the server's faults between the 
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,6 @@ from PIL import Image
 from torch import nn
 
 import s3n_timm
-from s3n_timm import hub as hub_module
 from s3n_timm.hub import count_macs, model_card
 from s3n_timm.hub.download import verified_cfg
 
@@ -87,7 +87,7 @@ def pull(name: str, **options: Any) -> dict[str, Any]:
 
 
 def load(name: str, **options: Any) -> dict[str, Any]:
-    return describe(hub_module.load(name, **options))
+    return describe(s3n_timm.load_model(name, **options))
 
 
 def serve() -> None:
@@ -99,7 +99,8 @@ def serve() -> None:
         try:
             answer = dict(value=globals()[name](*args, **kwargs))
         except Exception as error:
-            answer = dict(kinds=[kind.__name__ for kind in type(error).__mro__], said=str(error))
+            kinds = [kind.__name__ for each in (error, error.__cause__) for kind in type(each).__mro__]
+            answer = dict(kinds=kinds, said=str(error))
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -247,7 +248,8 @@ def test_pull_gives_what_was_pushed(stranger, birds, wanted, how, tmp_path):
 def test_config_holds_every_argument(hub, birds):
     config = json.loads(hub.files("alice/birds")["config.json"])
     assert config["architecture"] == "s3n"
-    assert config["model_args"] == build().config | dict(num_classes=3, in_chans=3, global_pool="avg")
+    assert config["num_classes"] == 3
+    assert config["model_args"] == build().config | dict(in_chans=3, global_pool="avg")
     assert config["label_names"] == LABELS
 
 
@@ -505,7 +507,7 @@ def test_card(results, tmp_path):
     card, measured = ModelCard.load(folder / "README.md"), json.loads(results.read_text())
     text, accuracy = card.content, measured["measures"]["accuracy"]
     data = card.data
-    assert (data.library_name, data.license, data.pipeline_tag) == ("timm", "cc-by-4.0", "image-classification")
+    assert (data.library_name, data.license, data.pipeline_tag) == ("s3n_timm", "cc-by-4.0", "image-classification")
     assert {"timm", "image-classification"} <= set(data.tags)
     found = {(each.dataset_name, each.dataset_split, each.metric_name): each.metric_value for each in data.eval_results}
     assert found == {
@@ -553,6 +555,7 @@ def test_card(results, tmp_path):
 
     loading = section(text, "How to load")
     assert loading.index("import s3n_timm") < loading.index('timm.create_model("hf-hub:alice/birds", pretrained=True)')
+    assert 'from_pretrained("alice/birds")' in loading
     assert "](picture.png)" in section(text, "What it sees")
     assert "- Night images." in section(text, "Limits")
     assert "cc-by-4.0" in section(text, "Licence")
@@ -595,21 +598,95 @@ def test_card_of_a_plain_model(tmp_path):
     assert "plain baseline" in text
     assert "ding2019" not in text
     assert "peaks" not in section(text, "Limits").lower()
-    # it loads without this package's registry
-    code = text.split("```python\n")[1].split("```")[0].replace("local-dir:FOLDER", f"local-dir:{tmp_path}")
-    assert "image.jpg" in code
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "timm"
+    assert "s3n_timm" not in section(text, "How to load")
 
 
-def test_code_of_the_card_runs(tmp_path):
-    s3n_timm.save(build(), tmp_path, label_names=LABELS, data_config=DATA, card={})
-    Image.new("RGB", (80, 70), "green").save(tmp_path / "image.jpg")
-    text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    code = text.split("```python\n")[1].split("```")[0].replace("local-dir:FOLDER", "local-dir:.")
+def run_snippet(folder: Path, text: str, **environment: str) -> str:
+    """What the code of a card prints in a fresh interpreter, beside a photograph."""
+    Image.new("RGB", (80, 70), "green").save(folder / "image.jpg")
+    code = text.split("```python\n")[1].split("```")[0]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=120, encoding="utf-8",
-        env=os.environ | {"PYTHONUTF8": "1"},
+        [sys.executable, "-c", code], cwd=folder, text=True, capture_output=True, timeout=240, encoding="utf-8",
+        env=os.environ | {"PYTHONUTF8": "1"} | environment,
     )
-    assert any(label in done.stdout for label in LABELS), done.stderr
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_code_of_the_card_runs(tmp_path, plain):
+    model = timm.create_model("test_resnet", num_classes=3) if plain else build()
+    s3n_timm.save(model, tmp_path, label_names=LABELS, data_config=DATA, card={})
+    text = (tmp_path / "README.md").read_text(encoding="utf-8").replace("FOLDER", str(tmp_path))
+    # a plain model needs no s3n_timm: there is none to import
+    blocked = {"PYTHONPATH": str(tmp_path / "empty")} if plain else {}
+    if plain:
+        (tmp_path / "empty" / "s3n_timm").mkdir(parents=True)
+        (tmp_path / "empty" / "s3n_timm" / "__init__.py").write_text("raise ImportError('not here')")
+    assert any(label in run_snippet(tmp_path, text, **blocked) for label in LABELS)
+
+
+def test_code_of_a_pushed_card_runs(hub, birds, tmp_path):
+    text = hub.files("alice/birds")["README.md"].decode()
+    home = dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1", HF_TOKEN="",
+                HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+    assert any(label in run_snippet(tmp_path, text, **home) for label in LABELS)
+
+
+FORGED = "x\n\n# Forged\n<script>alert(1)</script>"
+
+
+def replace_strings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: replace_strings(each) for key, each in value.items()}
+    return FORGED if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("field", ["dataset", "licence", "name", "picture", "limits", "recipe", "results"])
+def test_card_fields_forge_nothing(results, field):
+    value: Any = FORGED
+    if field == "limits":
+        value = [FORGED]
+    elif field == "recipe":
+        value = {FORGED: FORGED, "dataset": FORGED}
+    elif field == "results":
+        measured = json.loads(results.read_text())
+        value = replace_strings(measured) | dict(measures=measured["measures"])
+        value["measures"]["accuracy"][FORGED] = value["measures"]["accuracy"]["joint"]
+        value["model"]["s3n"]["answer"] = "joint"
+    card = model_card(build(), **{field: value})
+    assert "\n# Forged" not in card.content
+    assert "<script" not in card.content
+    assert ModelCard(card.content).data.to_dict() == card.data.to_dict(), "the metadata can no longer be read"
+    headings = [line for line in card.text.splitlines() if line.startswith("#")]
+    wanted = [line for line in model_card(build()).text.splitlines() if line.startswith("#")]
+    assert headings[1:] == wanted[1:]
+
+
+def test_malformed_results_are_one_sentence(results):
+    """Values of the file, replaced by ones of another type, give a card or a ValueError."""
+    measured = json.loads(results.read_text())
+
+    def places(value: Any, prefix: tuple = ()) -> Any:
+        for key, each in value.items():
+            yield (*prefix, key)
+            if isinstance(each, dict):
+                yield from places(each, (*prefix, key))
+
+    refused, model = 0, build()
+    every = [(place, value) for place in places(measured) for value in (None, "text", 5, [1], {})]
+    for place, value in random.Random(0).sample(every, 60):
+        changed = json.loads(json.dumps(measured))
+        parent = changed
+        for key in place[:-1]:
+            parent = parent[key]
+        parent[place[-1]] = value
+        try:
+            model_card(model, results=changed, data_config=DATA)
+        except ValueError:
+            refused += 1
+    assert refused > 10
 
 
 def test_macs_are_those_of_every_layer():

@@ -140,9 +140,9 @@ def test_backbone_weights_give_features(resnet):
 
 
 def test_log_names_what_stays_initialised(resnet, caplog):
-    with caplog.at_level(logging.INFO, logger="s3n_timm.registry"):
+    with caplog.at_level(logging.INFO, logger="s3n_timm.checkpoints"):
         load("s3n_resnet18", resnet[1], num_classes=7)
-    lines = [record.getMessage() for record in caplog.records if record.name == "s3n_timm.registry"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "s3n_timm.checkpoints"]
     assert len(lines) == 1
     model = timm.create_model("s3n_resnet18", num_classes=7)
     for name in model.state_dict():

@@ -1,25 +1,9 @@
 """Models to and from folders and the Hugging Face Hub."""
 
-from .card import (
-    CITATION,
-    OF_THE_MACHINE,
-    PAPER,
-    count_macs,
-    count_parameters,
-    model_card,
-)
-from .download import (
-    CONFIG,
-    download,
-    one_sentence,
-    verified_cfg,
-)
-from .saving import (
-    PICTURES,
-    load,
-    push_to_hub,
-    save,
-)
+from .card import CITATION, OF_THE_MACHINE, PAPER, count_macs, count_parameters, model_card
+from .download import CONFIG, WEIGHTS, download, one_sentence, verified_cfg
+from .push import push_to_hub
+from .saving import PICTURES, load_model, replacing_file, save
 
 __all__ = [
     "CITATION",
@@ -29,11 +13,13 @@ __all__ = [
     "count_parameters",
     "model_card",
     "CONFIG",
+    "WEIGHTS",
     "download",
     "one_sentence",
     "verified_cfg",
-    "PICTURES",
-    "load",
     "push_to_hub",
+    "PICTURES",
+    "load_model",
+    "replacing_file",
     "save",
 ]

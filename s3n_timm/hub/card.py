@@ -1,9 +1,11 @@
 """Model cards: what a reader must know of published weights, and where each statement comes from."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..checkpoints import check_regular_file
 from ..evaluation import INTERVAL, result_tables
 from ..model import S3N
 
@@ -64,6 +67,9 @@ def model_card(
 ) -> ModelCard:
     """Write the card of a model; what it is not told it says is unknown.
 
+    All strings are taken as text of one line: line breaks become spaces and `<` is escaped, so that no argument can
+    add a heading or a tag.
+
     Args:
         model: an S3N, or a plain timm model.
         name: USER/NAME of its repository on the Hub.
@@ -80,24 +86,29 @@ def model_card(
         The card, Markdown under the metadata that the Hub reads.
 
     Raises:
-        ValueError: `results` or `recipe` is not such a file, or the results are those of another model.
+        ValueError: `results` or `recipe` is not such a file, in whole or in part, or the results are those of another
+            model.
         OSError: a file can't be read.
     """
     config = resolve_data_config(dict(data_config or {}), model=model)
+    name, dataset, licence, limits = _plain(name), _plain(dataset), _plain(licence), _plain(limits)
     measured = None if results is None else _read_results(results, model)
     settings = None if recipe is None else _read_recipe(recipe)
-    if dataset is None and settings is not None:
-        dataset = settings.get("dataset")
+    if dataset is None and settings is not None and settings.get("dataset") is not None:
+        dataset = str(settings["dataset"])
+    with _well_formed():
+        eval_results = None if measured is None else _metadata_of_results(measured)
+        reported = _results(measured)
     title = name.split("/")[-1] if name else "S3N" if isinstance(model, S3N) else "Plain timm model"
     hub_data = _hub_names(dataset, settings, measured)
     metadata = ModelCardData(
-        library_name="timm",
+        library_name="s3n_timm" if isinstance(model, S3N) else "timm",
         pipeline_tag="image-classification",
         license=licence,
         tags=["timm", "image-classification", *(["s3n", "fine-grained"] if isinstance(model, S3N) else [])],
         datasets=hub_data or None,
         model_name=title if measured else None,
-        eval_results=_metadata_of_results(measured) if measured else None,
+        eval_results=eval_results,
     )
     sections = [
         f"# {title}",
@@ -105,7 +116,7 @@ def model_card(
         _model_table(model, config, label_names),
         _how_to_load(model, name),
         _training(dataset, settings),
-        _results(measured),
+        reported,
         _picture(picture),
         _limits(model, measured, limits),
         f"## Licence\n\nWeights: {licence}. The code of s3n_timm: Apache-2.0.",
@@ -118,16 +129,37 @@ def model_card(
 # what is read
 
 
+def _plain(value: Any) -> Any:
+    """Strings, wherever they stand in a value, as text of one line without tags."""
+    if isinstance(value, str):
+        return " ".join(value.split()).replace("<", "&lt;")
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+@contextmanager
+def _well_formed() -> Iterator[None]:
+    """Turn what a value of the wrong type or a missing one raises into one ValueError."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"results are not those that examples/evaluate.py writes ({type(error).__name__}: {error})."
+        ) from error
+
+
 def _read(source: Source, what: str) -> dict[str, Any]:
     if isinstance(source, Mapping):
-        return dict(source)
+        return _plain(source)
+    check_regular_file(source)
     try:
         content = json.loads(Path(source).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} {source} is not JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{what} {source} holds no JSON object.")
-    return content
+    return _plain(content)
 
 
 def _read_results(source: Source, model: nn.Module) -> dict[str, Any]:
@@ -136,6 +168,8 @@ def _read_results(source: Source, model: nn.Module) -> dict[str, Any]:
     if lacking:
         raise ValueError(f"results lack {', '.join(lacking)}: give the results.json that examples/evaluate.py writes.")
     found = results["model"]
+    if not isinstance(found, Mapping):
+        raise ValueError("results do not describe the model: give the results.json that examples/evaluate.py writes.")
     own = dict(num_classes=model.num_classes, parameters=count_parameters(model))
     for key, value in own.items():
         if found.get(key) != value:
@@ -146,7 +180,7 @@ def _read_results(source: Source, model: nn.Module) -> dict[str, Any]:
 
 def _read_recipe(source: Source) -> dict[str, Any]:
     recipe = _read(source, "recipe")
-    settings = recipe.get("args", recipe)  # train.py's results.json holds them as args
+    settings = recipe.get("args", recipe)  # train.py writes them as args
     if not isinstance(settings, Mapping) or not settings:
         raise ValueError("recipe holds no arguments: give those of the training, or the results.json of train.py.")
     return dict(settings)
@@ -176,12 +210,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _architecture(model: nn.Module) -> str:
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
-    return cfg.get("architecture", "unknown")
+    return _plain(str(cfg.get("architecture", "unknown")))
 
 
 def _what_it_is(model: nn.Module) -> str:
     if not isinstance(model, S3N):
-        return f"`{_architecture(model)}` of timm, an image classifier, trained with s3n_timm as a plain baseline."
+        origin = _plain(getattr(model, "pretrained_cfg", {}).get("description")) or "A plain baseline."
+        return f"`{_architecture(model)}` of timm, an image classifier, trained with s3n_timm. {origin}"
     return (
         f"A Selective Sparse Sampling Network (S3N, [Ding et al., ICCV 2019]({PAPER})) for fine-grained image "
         f"classification on the timm backbone `{model.config.backbone}`. The local maxima of the backbone's class "
@@ -226,22 +261,32 @@ def _listed(values: Sequence[float]) -> str:
 
 
 def _how_to_load(model: nn.Module, name: str | None) -> str:
-    source = f"hf-hub:{name}" if name else "local-dir:FOLDER"
-    verified = "" if name is None else (
-        f'\n\n`s3n_timm.hub.load("{name}")` does the same and checks the hash of what came down; '
-        f'`"{name}@COMMIT"` pins a revision.'
-    )
-    registers = "  # registers the models with timm, which can't load this one without" * isinstance(model, S3N)
+    if isinstance(model, S3N):
+        source = json.dumps(name or "FOLDER", ensure_ascii=False)
+        timm_source = json.dumps(f"hf-hub:{name}" if name else "local-dir:FOLDER", ensure_ascii=False)
+        pinned = ' Both compare the files with their hashes; `"USER/NAME@COMMIT"` pins a revision.' if name else ""
+        return (
+            "## How to load\n\nIn an environment with s3n_timm:\n\n```python\n"
+            "import s3n_timm\n\n"
+            f"classifier = s3n_timm.Classifier.from_pretrained({source})\n"
+            'for answer in classifier("image.jpg"):\n'
+            '    print(f"{answer[\'score\']:.3f} {answer[\'label\']}")\n'
+            f"```\n\n`classifier.model` is the network. timm alone does not know it; after `import s3n_timm`, "
+            f"`timm.create_model({timm_source}, pretrained=True)` gives it as well."
+            f"{pinned}"
+        )
+    source = json.dumps(f"hf-hub:{name}" if name else "local-dir:FOLDER", ensure_ascii=False)
     return (
         "## How to load\n\n```python\n"
-        f"import s3n_timm{registers}\nimport timm\nimport torch\nfrom s3n_timm.images import read_image\n\n"
-        f'model = timm.create_model("{source}", pretrained=True).eval()\n'
-        "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))\n"
-        'x = transform(read_image("image.jpg"))[None]\n'
+        "import timm\nimport torch\nfrom PIL import Image\n\n"
+        f"model = timm.create_model({source}, pretrained=True).eval()\n"
+        "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))\n"
+        'x = transform(Image.open("image.jpg").convert("RGB"))[None]\n'
         "with torch.inference_mode():\n"
         "    probability, label = model(x).softmax(1).max(1)\n"
-        'print(model.pretrained_cfg.get("label_names", range(model.num_classes))[label], probability)\n'
-        f"```{verified}"
+        'names = model.pretrained_cfg.get("label_names") or range(model.num_classes)\n'
+        "print(names[label], probability.item())\n"
+        "```"
     )
 
 
@@ -315,7 +360,7 @@ def _picture(picture: str | None) -> str:
     if picture is None:
         return "## What it sees\n\nNo picture came with the weights; `examples/visualize.py` draws one."
     return (
-        f"## What it sees\n\n![What the model sees in one image]({picture})\n\n"
+        f"## What it sees\n\n![What the model sees in one image]({quote(picture)})\n\n"
         "One image, chosen by the author of the card; it is no evidence of how the model does on others."
     )
 

@@ -19,9 +19,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from timm.models._hub import hf_split
 
+from ..checkpoints import WEIGHTS
+
 _logger = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
 
 
 def download(name: str, *, token: str | None = None, cache_dir: str | Path | None = None) -> Path:

@@ -1,31 +1,68 @@
-"""Models to and from folders and the Hugging Face Hub: safetensors beside the config.json that timm rebuilds them from.
+"""Models to and from folders: safetensors beside the config.json that timm rebuilds them from.
 
-`timm.create_model("local-dir:FOLDER", pretrained=True)` and `timm.create_model("hf-hub:USER/NAME", pretrained=True)`
-load what `save` and `push_to_hub` wrote. `load` does the second with every file's hash checked.
+`timm.create_model("local-dir:FOLDER", pretrained=True)` loads what `save` wrote; `load_model` does so from anywhere.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import HfApi
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
-from timm.models import get_model_args
-from timm.models._hub import save_config_for_hf
+from timm.models import build_model_with_cfg, get_model_args, model_entrypoint
+from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import Tensor, nn
 
+from ..checkpoints import (
+    build_on_meta,
+    check_cfg,
+    check_numbers,
+    check_regular_file,
+    check_values,
+    explain_damage,
+    join_names,
+    known_label_names,
+    read_header,
+)
+from ..checkpoints import (
+    label_names as names_of,
+)
 from ..images import read_image
 from ..model import S3N
-from .card import Source, model_card
-from .download import CONFIG, WEIGHTS, download, one_sentence
+from .card import model_card
+from .download import CONFIG, WEIGHTS, download
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+MAX_CONFIG = 50_000_000  # bytes of a config.json: 65,536 names take some 3 MB
+
+
+# saving
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A file to write to, under a name that no other writer has, that takes the place of `path` once it is on disk."""
+    partial = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    partial.touch()
+    mode = partial.stat().st_mode  # as the user's umask has it: safetensors makes files that only their owner can read
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.chmod(mode)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save(
@@ -39,10 +76,13 @@ def save(
 ) -> Path:
     """Write `model.safetensors` and `config.json`; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
 
+    Each file takes its name once it is complete and on disk, so that a reader, or a crash, meets the old or the new
+    one. A plain timm model also loads in `transformers`, by its `pipeline("image-classification", model=FOLDER)`.
+
     Args:
-        model: an S3N, or the plain timm model that it is compared with, unwrapped.
+        model: an S3N, or a plain timm model, unwrapped.
         folder: where to write; made if need be.
-        label_names: a name for each class, in order.
+        label_names: a name for each class, in order; those that the model has if left out.
         data_config: the preprocessing the model was trained with, as `timm.data.resolve_data_config` gives it.
         state_dict: the weights, where the model itself holds but a shard of them.
         card: writes a model card, `README.md`, as well: the arguments of `s3n_timm.hub.model_card` beyond those
@@ -58,8 +98,12 @@ def save(
         OSError: a file can't be read or written.
     """
     args = model.config.to_dict() if isinstance(model, S3N) else get_model_args(model)
-    if args.get("backbone", "") is None:
+    if args.get("backbone", "") is None or not getattr(model, "pretrained_cfg", {}).get("architecture"):
         raise ValueError("This model's backbone is not one of timm's by name, so config.json could not rebuild it.")
+    if label_names is None and known_label_names(model):
+        label_names = names_of(model)
+    if isinstance(label_names, (str, Mapping)):
+        raise ValueError(f"label_names must be a list of {model.num_classes} names, one for each class in order.")
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f"label_names has {len(label_names)} names for {model.num_classes} classes.")
     beside: dict[str, bytes] = {} if card is None else _card_files(model, card, label_names, data_config)
@@ -68,16 +112,26 @@ def save(
     tensors = model.state_dict() if state_dict is None else state_dict
     # safetensors wants contiguous tensors, which a model trained in channels-last does not have
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata=dict(format="pt"))
-    save_config_for_hf(
-        model,
-        str(folder / CONFIG),
-        model_config=None if label_names is None else dict(label_names=list(label_names)),
-        model_args=dict(args),
-        data_config=None if data_config is None else dict(data_config),
-    )
+    with replacing_file(folder / WEIGHTS) as path:
+        try:
+            save_file(tensors, path, metadata=dict(format="pt"))
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
+    with replacing_file(folder / CONFIG) as path:
+        save_config_for_hf(
+            model,
+            str(path),
+            model_config=None if label_names is None else dict(label_names=list(map(str, label_names))),
+            model_args=dict(args),
+            data_config=None if data_config is None else dict(data_config),
+        )
+        config = json.loads(path.read_text(encoding="utf-8"))
+        # timm takes it from the top of the file, and transformers, which gives both to timm, fails on two
+        config["model_args"].pop("num_classes", None)
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name, content in beside.items():
-        (folder / name).write_bytes(content)
+        with replacing_file(folder / name) as path:
+            path.write_bytes(content)
     return folder
 
 
@@ -88,8 +142,6 @@ def _card_files(
         data_config: Mapping[str, Any] | None,
 ) -> dict[str, bytes]:
     """The card and its picture, if it has one, by file name."""
-    if label_names is None:
-        label_names = getattr(model, "pretrained_cfg", {}).get("label_names")
     about = dict(card, label_names=label_names, data_config=data_config)
     picture = about.pop("picture", None)
     files = {}
@@ -99,6 +151,7 @@ def _card_files(
         path = Path(picture)
         if path.suffix.lower() not in PICTURES:
             raise ValueError(f"picture {path} must end in one of {', '.join(PICTURES)}.")
+        check_regular_file(path)
         files[f"picture{path.suffix.lower()}"] = path.read_bytes()
     text = model_card(model, **about, picture=next(iter(files), None)).content
     return dict(files, **{"README.md": text.encode()})
@@ -125,92 +178,108 @@ def _draw(
     return file.getvalue()
 
 
-def push_to_hub(
-        model: nn.Module,
-        repo_id: str,
+# loading
+
+
+def load_model(
+        name: str | Path,
         *,
-        label_names: Sequence[str] | None = None,
-        data_config: Mapping[str, Any] | None = None,
-        state_dict: Mapping[str, Tensor] | None = None,
-        results: Source | None = None,
-        recipe: Source | None = None,
-        dataset: str | None = None,
-        licence: str = "apache-2.0",
-        picture: str | Path | Image.Image | None = None,
-        limits: Sequence[str] = (),
-        private: bool = False,
+        pretrained: bool = True,
         token: str | None = None,
-        revision: str | None = None,
-        commit_message: str = "Add model",
-) -> str:
-    """Write what `save` writes, with a model card, to a repository on the Hub, in one commit.
+        cache_dir: str | Path | None = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """Load a model from a folder, from the Hub, or by its name in timm.
 
-    The commit holds all files or is not made; a new repository is left empty then. Files of earlier commits that this
-    one does not write stay.
+    The weights of a folder or a repository are those of one whole model: every tensor of the architecture that
+    `config.json` states, of its shape, finite. Files from the Hub are compared with the hashes that it states.
 
     Args:
-        model: as for `save`.
-        repo_id: USER/NAME; the repository is made if need be.
-        label_names: as for `save`.
-        data_config: as for `save`.
-        state_dict: as for `save`.
-        results: as for `s3n_timm.hub.model_card`.
-        recipe: as for `s3n_timm.hub.model_card`.
-        dataset: as for `s3n_timm.hub.model_card`.
-        licence: as for `s3n_timm.hub.model_card`.
-        picture: as for `save`.
-        limits: as for `s3n_timm.hub.model_card`.
-        private: make the repository private; one that exists must be.
+        name: a folder that `save` wrote, with or without `local-dir:`; `USER/NAME` or `USER/NAME@REVISION` on the
+            Hub, with or without `hf-hub:`; or a name of `timm.list_models()`, such as `s3n_resnet50`.
+        pretrained: load the weights; without them the model is newly initialised.
         token: of the Hub; that of `hf auth login` or of the variable HF_TOKEN if left out.
-        revision: branch to commit to, made if need be; `main` if left out.
-        commit_message: first line of the commit.
+        cache_dir: the Hub's cache, if not the client's own.
+        kwargs: further arguments of `timm.create_model`, such as `num_classes`, which makes new classifiers where the
+            number differs, or `in_chans`.
 
     Returns:
-        The address of the commit.
+        An S3N or a plain timm model, in train mode as timm's are.
 
     Raises:
-        ValueError: as for `save`, or `private` is asked of a repository that is public.
-        PermissionError: the token may not write there.
-        ConnectionError: the Hub can't be reached, or the connection broke.
-        OSError: the Hub refused for another reason.
+        ValueError: there is no such model, or it can't be loaded; the message says why, and the cause is attached.
     """
-    about = dict(results=results, recipe=recipe, dataset=dataset, licence=licence, picture=picture, limits=limits)
-    api = HfApi(token=token, library_name="s3n_timm")
-    # timm's push_to_hf_hub keeps a card that is there, takes no further files and no state_dict, and writes a pickle
-    # unless told otherwise: this commits the very folder that save writes
-    with TemporaryDirectory() as folder:
-        card = dict(about, name=repo_id)
-        save(model, folder, label_names=label_names, data_config=data_config, state_dict=state_dict, card=card)
-        with one_sentence(f"Pushing to {repo_id}"):
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if private and not api.model_info(repo_id).private:
-                raise ValueError(f"{repo_id} exists and is public: make it private first, or push with private=False.")
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message,
-            )
-    return commit.commit_url
+    try:
+        folder = _find_folder(name, token, cache_dir)
+        if folder is not None:
+            return _load_folder(folder, pretrained, kwargs)
+        return timm.create_model(str(name), pretrained=pretrained, cache_dir=cache_dir, **kwargs)
+    except Exception as error:  # timm's constructors hardly check: what does not fit fails anywhere and anyhow
+        said = " ".join(str(error).split()).rstrip(".")
+        kind = "" if isinstance(error, (ValueError, RuntimeError, OSError)) and said else f"{type(error).__name__}: "
+        said = said if len(said) < 2_000 else f"{said[:2_000]}…"
+        raise ValueError(f"{name} cannot be loaded: {kind}{said}.") from error
 
 
-def load(name: str, *, token: str | None = None, cache_dir: str | Path | None = None, **kwargs: Any) -> nn.Module:
-    """Load a model from the Hub like `timm.create_model("hf-hub:USER/NAME", pretrained=True)`, its files verified.
+def _find_folder(name: str | Path, token: str | None, cache_dir: str | Path | None) -> Path | None:
+    """The folder of a model's files, brought from the Hub if need be; None for a name of timm's."""
+    text = str(name)
+    if text.startswith("hf-hub:"):
+        return download(text, token=token, cache_dir=cache_dir)
+    folder = Path(text.removeprefix("local-dir:")).expanduser()
+    if (folder / CONFIG).exists():
+        return folder
+    if not isinstance(name, Path) and not text.startswith("local-dir:"):
+        if "/" not in text and timm.is_model(text):
+            return None
+        user = text.split("/")[0]
+        # a path that starts in a folder that is here is a misspelt path
+        if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[^@]+)?", text) and not Path(user).is_dir():
+            return download(text, token=token, cache_dir=cache_dir)
+    if not folder.is_dir():
+        raise ValueError("there is no such folder, and no model of that name in timm; names on the Hub are USER/NAME")
+    raise ValueError(f"the folder has no {CONFIG}: name one that s3n_timm.save wrote")
 
-    Args:
-        name: as for `download`.
-        token: as for `download`.
-        cache_dir: as for `download`.
-        kwargs: further arguments of `timm.create_model`, such as `num_classes` or `in_chans`.
 
-    Returns:
-        The model.
+# what a config.json must not hand on to timm: it could load other weights, or these without a check
+_RESERVED = {"checkpoint_path", "features_only", *build_model_with_cfg.__annotations__} - {"return", "kwargs"}
 
-    Raises:
-        ValueError: as for `download`.
-        OSError: as for `download`.
-    """
-    folder = download(name, token=token, cache_dir=cache_dir)
-    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+
+def _load_folder(folder: Path, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    path = folder / CONFIG
+    check_regular_file(path)
+    if path.stat().st_size > MAX_CONFIG:
+        raise ValueError(f"{CONFIG} has more than {MAX_CONFIG:,} bytes")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    architecture = config.get("architecture") if isinstance(config, dict) else None
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise ValueError(f"{CONFIG} states the architecture {architecture!r:.80}, which is no name of timm's")
+    if model_entrypoint(architecture).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **kwargs)  # it does what follows itself
+    cfg, _, args = load_model_config_from_path(folder)
+    check_cfg(cfg, plain=True)
+    reserved = [name for name in args if name in _RESERVED]
+    if reserved:
+        raise ValueError(f"model_args of {CONFIG} must not have {join_names(reserved)}")
+    check_numbers("model_args", args)
+    if args.get("num_classes", cfg["num_classes"]) != cfg["num_classes"]:
+        raise ValueError(f"{CONFIG} states {cfg['num_classes']} classes, and others in its model_args")
+    # with as many classes as were saved timm is strict; another number of them comes after that
+    classes = kwargs.pop("num_classes", None) if pretrained else None
+    pool = {"global_pool": kwargs.pop("global_pool")} if classes is not None and "global_pool" in kwargs else {}
+    saved = build_on_meta(lambda: timm.create_model(f"local-dir:{folder}"))
+    if pretrained:
+        header = read_header(folder)
+        stored = sum(tensor.numel() for tensor in header.values())
+        # names may be older ones, that timm knows to translate, so that sums alone can be compared before
+        if saved is not None and sum(tensor.numel() for tensor in saved.state_dict().values()) > 2 * stored:
+            raise ValueError(f"its weights have {stored:,} numbers, too few for {architecture}")
+    with explain_damage(folder / WEIGHTS):
+        model = timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **kwargs)
+        if pretrained:
+            own = model.state_dict()
+            check_values(load_file(folder / WEIGHTS), own)
+            check_values(own, own)
+    if classes is not None and classes != model.num_classes:
+        model.reset_classifier(classes, **pool)
+    return model
