@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
@@ -39,6 +40,7 @@ from support.loaders import TrainLoader, count_images, create_eval_loader, load_
 from support.progress import progress as show_progress
 from support.results import evaluate, finish_training
 from support.run import Exchange, Run, unwrap
+from support.snapmix import SnapMix
 from support.sync_bn import synchronize
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -48,6 +50,7 @@ from torch import Tensor, nn
 
 import s3n_timm
 from s3n_timm import S3N
+from s3n_timm.checkpoints import label_names
 from s3n_timm.images import image_mode
 
 # model
@@ -71,6 +74,20 @@ def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accele
     if args.channels_last and accelerator.distributed_type != DistributedType.FSDP:  # it shards contiguous weights only
         model = model.to(memory_format=torch.channels_last)
     return model
+
+
+def load_teacher(args: argparse.Namespace, names: list[str], accelerator: Accelerator) -> nn.Module | None:
+    """The model of --teacher, which must tell the same classes apart.
+
+    Raises:
+        ValueError: it cannot be loaded, or its classes are others.
+    """
+    if args.teacher is None:
+        return None
+    teacher = s3n_timm.load_model(args.teacher)
+    if label_names(teacher) != names:
+        raise ValueError(f"--teacher {args.teacher} tells other classes apart than --dataset {args.dataset} has.")
+    return teacher.eval().requires_grad_(False).to(accelerator.device)
 
 
 def list_frozen(model: nn.Module, args: argparse.Namespace) -> list[nn.Module]:
@@ -173,6 +190,14 @@ def set_modes(run: Run, epoch: int) -> list[nn.Parameter]:
 # an epoch
 
 
+def size_of_epoch(args: argparse.Namespace, epoch: int) -> int:
+    """Pixels of the input's side: from --start-size to --img-size over the first half of training, in steps of 32."""
+    if args.start_size is None:
+        return args.img_size
+    side = args.start_size + (args.img_size - args.start_size) * min(1.0, 2 * epoch / args.epochs)
+    return args.img_size if side >= args.img_size else max(args.start_size, int(side) // 32 * 32)
+
+
 def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
     """Train what is left of an epoch; True where a signal stopped it, after everything was saved."""
     args, accelerator, progress, optimizer = run.args, run.accelerator, run.progress, run.optimizer
@@ -180,6 +205,7 @@ def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
     start, end = progress.updates - epoch * loader.updates_per_epoch, (epoch + 1) * loader.updates_per_epoch
     bar = show_progress(total=loader.updates_per_epoch, initial=start, desc=f"epoch {epoch + 1}/{args.epochs}",
                         disable=not accelerator.is_main_process, leave=False)
+    side = size_of_epoch(args, epoch)
     exchange, total, stopped = Exchange(run), torch.zeros((), device=accelerator.device), False
     for step, batch in enumerate(reading(loader.read(epoch, start))):
         images, target = batch["image"], batch["label"]
@@ -187,10 +213,12 @@ def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
         seed_batch(args, bare, images, progress.updates, part)
         if run.mixup is not None:
             images, target = run.mixup(images, target)
+        if side < args.img_size:
+            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.accumulate(run.model):
-            loss = run.criterion(run.model(images), target)
+            loss = run.criterion(run.model(images), target, run.ask_teacher(images))
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 for parameter in frozen:
@@ -298,6 +326,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         raise ValueError("fp16 needs a GPU: use bf16 on a CPU.")
     if args.model_ema and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("--model-ema averages whole weights, of which FSDP leaves each process a shard: leave it out.")
+    if args.snapmix and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("--snapmix reads whole weights, of which FSDP leaves each process a shard: leave it out.")
     refuse_pickled_shards(accelerator)
     return accelerator
 
@@ -340,12 +370,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
             scale=tuple(args.scale),
             color_jitter=args.color_jitter,
             re_prob=args.reprob,
+            auto_augment=args.aa,
         )
         squash = create_transform(**shared, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
         mode = image_mode(data_config["input_size"][0])
         train_loader = TrainLoader(splits["train"], augment, args, accelerator, mode)
         val_loader, test_loader = (create_eval_loader(splits[name], squash, args, accelerator, mode)
                                    for name in ("val", "test"))
+        teacher = load_teacher(args, names, accelerator)
         groups = group_parameters(model, args)
         model, optimizer = accelerator.prepare(
             model, create_optimizer_v2(groups, opt=args.opt, lr=args.lr, momentum=args.momentum))
@@ -358,13 +390,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
         step_on_epochs=False,
         updates_per_epoch=train_loader.updates_per_epoch,
     )
-    mixup = None
+    bare = unwrap(model, accelerator)
+    mixup: Mixup | SnapMix | None = None
     if args.mixup or args.cutmix:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=len(names))
-    bare = unwrap(model, accelerator)
+    elif args.snapmix:
+        mixup = SnapMix(bare, args.snapmix)
     ema = ModelEmaV3(bare, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
-    criterion = s3n_timm.S3NLoss(args.smoothing, args.distillation)
-    run = Run(args, accelerator, model, ema, criterion, optimizer, scheduler, mixup, Progress(), held, names,
+    criterion = s3n_timm.S3NLoss(args.smoothing, args.distillation, args.temperature)
+    run = Run(args, accelerator, model, ema, criterion, optimizer, scheduler, mixup, teacher, Progress(), held, names,
               data_config, stop)
     progress = run.progress
     for line in notes:

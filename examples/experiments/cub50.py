@@ -98,15 +98,18 @@ SIZES = {160: "", 224: "-224", 288: "-288"}  # in names of rows; 160 px are the 
 AUGMENTATIONS = {
     "cutmix": ("--cutmix", "1"),
     "erasing": ("--reprob", "0.25"),
-    "snapmix": ("--snapmix", "1"),
+    "snapmix": ("--snapmix", "5"),
     "randaugment": ("--aa", "rand-m9-mstd0.5-inc1"),
 }
 IDEAS = {
     "erase": kwargs(complement="erase"),
-    "distilled": ("--distill-original", "1"),
-    "snapmix": ("--snapmix", "1"),
-    "erase-distilled": (*kwargs(complement="erase"), "--distill-original", "1"),
-    "erase-distilled-snapmix": (*kwargs(complement="erase"), "--distill-original", "1", "--snapmix", "1"),
+    "distilled": ("--distillation", "1"),
+    "shrink": kwargs(complement="shrink"),
+    "reflect": kwargs(border="reflect"),
+    "progressive": ("--start-size", "128"),
+    "snapmix": ("--snapmix", "5"),
+    "erase-distilled": (*kwargs(complement="erase"), "--distillation", "1"),
+    "erase-distilled-snapmix": (*kwargs(complement="erase"), "--distillation", "1", "--snapmix", "5"),
 }
 
 
@@ -129,7 +132,8 @@ def compare_at(side: int) -> dict[str, Row]:
                                             (*plain, "--epochs", epochs, *flags), cost=cost)
         for epochs in ("18", "54") for name, flags in AUGMENTATIONS.items()}
     rows[f"plain{size}-27-distilled"] = Row(f"the backbone alone, {side} px, 27 epochs, taught by plain{size}-18",
-                                            (*plain, "--epochs", "27"), teacher=f"plain{size}-18", cost=cost)
+                                            (*plain, "--epochs", "27", "--distillation", "1"),
+                                            teacher=f"plain{size}-18", cost=cost)
     rows[s3n] = Row(f"S3N, {side} px, 18 epochs", (*px, "--epochs", "18"), cost=s3n_cost)
     rows |= {f"{s3n}-{name}": Row(f"S3N, {side} px, 18 epochs, {' '.join(flags)}", (*px, "--epochs", "18", *flags),
                                   cost=s3n_cost or s3n)

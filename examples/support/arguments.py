@@ -69,8 +69,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--scale", type=float, nargs=2, metavar="PCT", help="area range of random resized crops")
     data.add_argument("--color-jitter", type=float, default=0.0, metavar="PCT", help="color jitter factor")
     data.add_argument("--reprob", type=float, default=0.0, metavar="PCT", help="random erasing probability")
+    data.add_argument("--aa", metavar="POLICY", help="timm's auto augment policy, such as rand-m9-mstd0.5-inc1")
+    data.add_argument("--start-size", type=int, metavar="PX",
+                      help="input size of the first epoch, which grows to --img-size over the first half of training")
     data.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mixup alpha; 0 is off")
     data.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="CutMix alpha; 0 is off")
+    data.add_argument("--snapmix", type=float, default=0.0, metavar="ALPHA",
+                      help="SnapMix alpha; 0 is off. Costs one more forward pass per batch")
 
     model = parser.add_argument_group("model")
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -108,7 +113,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="epochs at which --sched multistep decays the rate")
     train.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
     train.add_argument("--distillation", type=float, default=0.0,
-                       help="weight of self-distillation from the mean of all outputs, as a detached teacher")
+                       help="weight of the original branch's distillation from the other outputs, or from --teacher")
+    train.add_argument("--temperature", type=float, default=1.0, help="temperature of the distillation")
+    train.add_argument("--teacher", metavar="FOLDER", help="saved model of the same classes to distil from")
     train.add_argument("--grad-accum-steps", type=int, default=1, metavar="STEPS", help="gradient accumulation")
     train.add_argument("--clip-grad", type=float, metavar="NORM", help="maximum gradient norm")
     train.add_argument("--model-ema", action="store_true", help="keep and evaluate a moving average of the weights")
@@ -190,8 +197,9 @@ def _check_name(flag: str, name: str, known: Sequence[str], parser: argparse.Arg
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse what can be refused before anything is read."""
-    for name in ("img_size", "batch_size", "epochs", "lr", "grad_accum_steps", "checkpoint_hist", "checkpoint_every",
-                 "patience", "val_interval", "num_images", "shuffle_buffer", "clip_grad", "layer_decay"):
+    for name in ("img_size", "start_size", "batch_size", "epochs", "lr", "grad_accum_steps", "checkpoint_hist",
+                 "checkpoint_every", "patience", "val_interval", "num_images", "shuffle_buffer", "clip_grad",
+                 "layer_decay", "temperature"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}.")
@@ -211,6 +219,12 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--patience needs validation images: give --val-fraction or --val-split.")
     if args.val_split and not args.dataset.startswith("hub:"):
         parser.error("--val-split names a split of the Hub: use --val-fraction for other data.")
+    if args.snapmix and (args.mixup or args.cutmix):
+        parser.error("--snapmix mixes batches itself: leave out --mixup and --cutmix.")
+    if args.start_size and args.start_size > args.img_size:
+        parser.error(f"--start-size {args.start_size} must not exceed --img-size {args.img_size}.")
+    if args.teacher and not args.distillation:
+        parser.error("--teacher needs the weight of its loss: give --distillation, such as 1.")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--mixup and --cutmix mix pairs: --batch-size must be even, got {args.batch_size}.")
     if args.streaming:
@@ -224,8 +238,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--plain has no branches and no attention: leave out --branches and --attention.")
     if args.plain and args.answer != "joint":
         parser.error(f"--plain has one output: leave out --answer {args.answer}.")
-    if args.plain and args.distillation:
-        parser.error("--plain has one output and so no teacher: leave out --distillation.")
+    if args.plain and args.distillation and not args.teacher:
+        parser.error("--plain has no other outputs to learn from: give a --teacher, or leave out --distillation.")
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file: choose a folder.")
     if args.output.exists() and not args.resume and any(path.name != LOCK for path in args.output.iterdir()):

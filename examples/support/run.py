@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from support.checkpoints import Progress, replacing, save_checkpoint, set_aside_diverged
 from support.launching import StopSignal
+from support.snapmix import SnapMix
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class Run:
     criterion: s3n_timm.S3NLoss
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    mixup: Mixup | None
+    mixup: Mixup | SnapMix | None
+    teacher: nn.Module | None
     progress: Progress
     trajectory: dict[str, Any]
     names: list[str]
@@ -48,6 +50,14 @@ class Run:
     def watched(self) -> str:
         """The split that is evaluated after an epoch."""
         return "val" if self.args.val_fraction or self.args.val_split else "test"
+
+    @torch.no_grad()
+    def ask_teacher(self, images: Tensor) -> Tensor | None:
+        """Logits of --teacher."""
+        if self.teacher is None:
+            return None
+        with self.accelerator.autocast():
+            return self.teacher(images)
 
     def save(self) -> None:
         save_checkpoint(self.args.output, self.progress, self.ema, self.trajectory, self.args.checkpoint_hist,
