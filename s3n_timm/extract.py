@@ -42,7 +42,7 @@ def extract_backbone(
     if not isinstance(model, S3N):
         raise TypeError(f"extract_backbone needs an S3N, without a wrapper around it, got {type(model).__name__}.")
     if "O" not in model.config.branches:
-        raise ValueError(f"branches={model.config.branches!r} has no O branch to extract: train one that has it, as O+D+C.")
+        raise ValueError(f"branches={model.config.branches!r} has no O branch to extract: O+D+C has it.")
     if not model.num_classes:
         raise ValueError("The model has num_classes=0, so its backbone has no classifier to extract.")
     if label_names is None:

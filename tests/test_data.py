@@ -183,7 +183,7 @@ def test_loaders_can_be_sent_to_workers_that_are_not_forked(numbered, accelerato
 
 def test_evaluate_can_send_its_rows_to_workers_that_are_not_forked(accelerator, forkserver):
     birds = drawn_birds("test", 6, 3, 64)
-    rows = evaluate.TransformRows(create_transform(32), [2, 0, 1])
+    rows = evaluate.TransformRows(create_transform(32), "RGB", [2, 0, 1])
     ours, theirs = (list(accelerator.prepare(evaluate.create_loader(birds, rows, loader_args(workers=workers))))
                     for workers in (1, 0))
     assert [batch["label"].tolist() for batch in ours] == [[2, 0], [1, 2], [0, 1]]
