@@ -1,11 +1,16 @@
 """What tests of several scripts share: running them as their users do, and reading the weights that they leave."""
 
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -43,8 +48,35 @@ def run(words: list[str], ok: bool = True, **environment: str) -> str:
     return done.stdout
 
 
-def train(*args: object, processes: int = 1, ok: bool = True) -> str:
-    return run(command("train.py", *SMALL, *args, processes=processes), ok)
+def call(script: str, *args: object, ok: bool = True, **environment: str) -> str:
+    """What a script's `main` printed in this process, which saves the start of an interpreter and its imports."""
+    text, argv, failed = io.StringIO(), list(map(str, args)), False
+    with (
+        mock.patch.dict(os.environ, dict(ACCELERATE_USE_CPU="true", **environment)),
+        mock.patch.object(sys, "argv", [str(EXAMPLES / script), *argv]),
+        contextlib.redirect_stdout(text),
+        contextlib.redirect_stderr(text),
+        torch.random.fork_rng(devices=[]),
+    ):
+        try:
+            failed = bool(importlib.import_module(script.removesuffix(".py")).main(argv))
+        except SystemExit as end:
+            failed = end.code not in (None, 0)
+            if isinstance(end.code, str):
+                print(end.code)
+        finally:
+            GradientState._reset_state()
+            AcceleratorState._reset_state(reset_partial_state=True)
+            torch._dynamo.reset()
+    assert failed != ok, text.getvalue()
+    return text.getvalue()
+
+
+def train(*args: object, processes: int = 1, ok: bool = True, **environment: str) -> str:
+    """train.py on few drawn birds: in this process, or in several of their own."""
+    if processes == 1:
+        return call("train.py", *SMALL, *args, ok=ok, **environment)
+    return run(command("train.py", *SMALL, *args, processes=processes), ok, **environment)
 
 
 def weights(output: Path, kind: str = "last") -> dict[str, torch.Tensor]:

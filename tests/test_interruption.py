@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import ENVIRONMENT, SMALL, command, weights
+from helpers import ENVIRONMENT, SMALL, command, train, weights
 from helpers import train as train_in_processes
 from PIL import Image
 from safetensors.torch import load_file
 from support import checkpoints, files, results
-from training import train
 
 # three epochs of ten updates, the last of which find the partition changed and the averaged weights far from the live
 ARGS = ("--num-images", 96, "--epochs", 3, "--checkpoint-every", 2, "--model-ema", "--model-kwargs",

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import train as script
 import yaml
 from accelerate import Accelerator
-from helpers import EXAMPLES, command, largest_difference, run, weights
+from helpers import EXAMPLES, SMALL, command, largest_difference, run, train, weights
 from PIL import Image
 from safetensors.torch import load_file
 from support.arguments import RECIPES, parse_args
-from training import script, train
 
 import s3n_timm
+from s3n_timm import S3NLoss
 from s3n_timm.config import PRESETS
 
 
@@ -117,19 +118,74 @@ def test_a_seed_repeats_a_run_and_another_does_not(trained, tmp_path):
     "args",
     [
         ["--mixed-precision", "bf16"],
-        ["--mixup", 0.4, "--cutmix", 1, "--reprob", 0.5, "--color-jitter", 0.3],
-        ["--layer-decay", 0.5, "--opt", "adamw", "--lr", 0.001],
-        ["--balanced", "--smoothing", 0.1, "--no-channels-last"],
-        ["--attention", "saliency", "--branches", "O+D", "--grad-checkpointing"],
+        ["--mixup", 0.4],
+        ["--cutmix", 1],
+        ["--snapmix", 5],
+        ["--reprob", 0.5],
+        ["--color-jitter", 0.3],
+        ["--aa", "rand-m9-mstd0.5-inc1"],
+        ["--start-size", 32],
+        ["--opt", "adamw"],
+        ["--balanced"],
+        ["--smoothing", 0.1],
+        ["--distillation", 1],
+        ["--clip-grad", 0.1],
+        ["--attention", "saliency"],
+        ["--model-kwargs", '{"complement": "erase"}'],
+        ["--model-kwargs", '{"border": "reflect"}'],
     ],
-    ids=lambda args: args[0].lstrip("-"),
+    ids=lambda args: " ".join(map(str, args)).lstrip("-"),
 )
-def test_option_trains(trained, tmp_path, args):
+def test_option_changes_what_is_learned(trained, tmp_path, args):
+    """The first epoch of a run with an option, against the same run without it."""
     train("--epochs", 1, *args, "--output", tmp_path / "run")
     (row,) = rows(tmp_path / "run")
-    assert 0 < float(row["loss"]) < 8
-    assert row["loss"] != rows(trained[0])[0]["loss"]  # the option did something
+    assert 0 < float(row["loss"]) < 20
+    assert row["loss"] != rows(trained[0])[0]["loss"]
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize(("flag", "expected"), [("--channels-last", True), ("--no-channels-last", False)])
+def test_memory_format(flag, expected):
+    args = parse_args([*map(str, SMALL), flag, "--no-pretrained", "--output", "none"])
+    model = script.create_model(args, 4, Accelerator())
+    weight = next(x for x in model.parameters() if x.ndim == 4 and x.shape[1] > 1 and x.shape[2] > 1)
+    assert weight.is_contiguous(memory_format=torch.channels_last) is expected
+
+
+def test_gradient_checkpointing_recomputes_the_backbone():
+    """As many passes of a block as the backward pass asks for, and the same gradient."""
+    passes, gradients = [], []
+    for flags in ([], ["--grad-checkpointing"]):
+        args = parse_args([*map(str, SMALL), "--no-pretrained", "--output", "none", *flags])
+        torch.manual_seed(0)
+        model = script.create_model(args, 4, Accelerator()).train()
+        calls = []
+        model.backbone.layer2[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model.configure(partition_train="expected")
+        S3NLoss()(model(torch.ones(4, 3, 64, 64).cumsum(3) / 64), torch.arange(4)).backward()
+        passes.append(len(calls))
+        gradients.append(next(model.backbone.parameters()).grad)
+    assert passes == [2, 4]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_teacher_is_learned_from(trained, tmp_path):
+    plain = ("--plain", "--epochs", 1, "--distillation", 2)
+    train("--plain", "--epochs", 1, "--output", tmp_path / "alone")
+    train(*plain, "--teacher", trained[0] / "last", "--output", tmp_path / "taught")
+    assert rows(tmp_path / "alone")[0]["loss"] != rows(tmp_path / "taught")[0]["loss"]
+    text = train(*plain, "--teacher", trained[0] / "last", "--num-classes", 5, "--output", tmp_path / "other", ok=False)
+    assert "tells other classes apart" in text
+    text = train(*plain, "--teacher", tmp_path / "none", "--output", tmp_path / "other", ok=False)
+    assert "none" in text
+    assert "Traceback" not in text
+
+
+def test_the_input_grows_over_the_first_half():
+    args = parse_args([*map(str, SMALL), "--img-size", "224", "--start-size", "128", "--epochs", "8",
+                       "--output", "none"])
+    assert [script.size_of_epoch(args, epoch) for epoch in range(8)] == [128, 128, 160, 192, 224, 224, 224, 224]
 
 
 def test_compiled_training_ends_at_the_eager_weights(tmp_path):
@@ -286,6 +342,10 @@ def test_image_folder(tmp_path):
         (["--dataset", "hub:x", "--streaming", "--val-fraction", "0.1"], "--streaming can't hold images out"),
         (["--val-split", "validation"], "--val-split names a split of the Hub"),
         (["--plain", "--branches", "O"], "--plain has no branches"),
+        (["--plain", "--distillation", "1"], "--plain has no other outputs to learn from"),
+        (["--teacher", "nowhere"], "--teacher needs the weight of its loss"),
+        (["--snapmix", "5", "--mixup", "0.2"], "--snapmix mixes batches itself"),
+        (["--start-size", "512", "--img-size", "96"], "--start-size 512 must not exceed"),
         (["--recipe", "nonsense"], "--recipe nonsense is neither a file nor"),
         (["--output", str(EXAMPLES)], "is not empty: add --resume to continue"),
     ],
