@@ -1,5 +1,6 @@
 """What timm asks of every model in its registry, asked of every S3N in it."""
 
+import copy
 import fnmatch
 
 import pytest
@@ -25,13 +26,22 @@ def image(name, chans=3, side=64):
     return torch.randn(BATCH, chans, *size, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(scope="module", params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name):
+    """In eval mode; tests that change more of it than they put back take a copy, which costs less than another one."""
+    return build(name).eval()
+
+
 def test_names():
     assert set(NAMES) == {"s3n", *s3n_timm.VARIANTS}, "every row of VARIANTS, and the generic s3n, is registered"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_forward(name):
-    model = build(name).eval()
+def test_forward(name, model):
     x = image(name)
     with torch.no_grad():
         logits = model(x)
@@ -43,7 +53,6 @@ def test_forward(name):
     model.set_grad_checkpointing(False)
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_backward(name):
     model = build(name, num_classes=42).train()
     outputs = model(image(name))
@@ -58,9 +67,8 @@ def test_backward(name):
     assert not broken, f"gradients that are not finite: {broken}"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_config_and_classifier_removal(name):
-    model = build(name).eval()
+def test_config_and_classifier_removal(name, model):
+    model = copy.deepcopy(model)
     cfg = model.default_cfg
     assert cfg is model.pretrained_cfg
     assert min(model.num_classes, model.num_features, model.head_hidden_size) > 0
@@ -98,7 +106,6 @@ def test_config_and_classifier_removal(name):
 
 
 @pytest.mark.parametrize("feature_cls", [None, "getter"])
-@pytest.mark.parametrize("name", NAMES)
 def test_features_only(name, feature_cls):
     model = build(name, features_only=True, **({"feature_cls": feature_cls} if feature_cls else {})).eval()
     info = model.feature_info
@@ -113,7 +120,6 @@ def test_features_only(name, feature_cls):
         assert not level.isnan().any(), f"NaN in level {number}"
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_features_only_of_chosen_levels(name):
     # to find the levels of a backbone costs no weights: only the chosen ones are computed
     model = build(name, features_only=True, out_indices=(1, 2)).eval()
@@ -122,9 +128,7 @@ def test_features_only_of_chosen_levels(name):
         assert [level.ndim for level in model(image(name))] == [4, 4]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_forward_intermediates(name):
-    model = build(name).eval()
+def test_forward_intermediates(name, model):
     x = image(name)
     with torch.no_grad():
         final, levels = model.forward_intermediates(x)
@@ -144,10 +148,10 @@ def test_forward_intermediates(name):
         [final, *levels],
         msg="checkpointing changes the intermediates",
     )
+    model.set_grad_checkpointing(False)
 
 
 @pytest.mark.parametrize("chans", [1, 4])
-@pytest.mark.parametrize("name", NAMES)
 def test_in_chans(name, chans):
     model = build(name, num_classes=5, in_chans=chans).train()
     assert model.in_chans == chans
@@ -158,7 +162,6 @@ def test_in_chans(name, chans):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_feature_modules_exist(name):
     with torch.device("meta"):
         model = build(name)
@@ -168,26 +171,23 @@ def test_feature_modules_exist(name):
     assert not absent, f"feature_info names modules that are not there: {absent}"
 
 
-def trace(name, **kwargs):
+def trace(model):
     """What timm's FX route makes of a model, asked for the joint logits alone."""
-    model = build(name, **kwargs)
-    return model, timm.models.create_feature_extractor(model, {"fusion": "joint"})
+    return timm.models.create_feature_extractor(model, {"fusion": "joint"})
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_traced_forward(name):
-    model, traced = trace(name)
+def test_traced_forward(name, model):
     x = image(name)
     with torch.no_grad():
-        logits = traced.eval()(x)["joint"]
-        torch.testing.assert_close(logits, model.eval()(x))
+        logits = trace(copy.deepcopy(model)).eval()(x)["joint"]
+        torch.testing.assert_close(logits, model(x))
     assert logits.shape == (BATCH, 1000)
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_traced_backward(name):
     """A traced model trains: what the joint logits depend on has a gradient, also through the warps."""
-    model, traced = trace(name, num_classes=42)
+    model = build(name, num_classes=42)
+    traced = trace(model)
     traced.train()(image(name))["joint"].mean().backward()
     branch_head = f"backbone.{model.head.classifier}."  # the maps that it gives have no gradient
     without = [key for key, parameter in traced.named_parameters() if parameter.grad is None]
