@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from scripts import ENVIRONMENT, EXAMPLES, command, run
 
 from s3n_timm import S3N, Classifier, save
@@ -205,7 +206,7 @@ def test_plain_models_have_no_peaks(photographs, predict, tmp_path):
     [
         ("nowhere", [], "is neither a folder nor"),
         ("EMPTY", [], "has no image"),
-        ("hub:./photgraphs", [], "photgraphs does not exist"),
+        ("hub:./photgraphs", [], "photgraphs is not a folder"),
         ("PHOTOGRAPHS", ["--output", "EMPTY/used"], "is not empty"),
         ("PHOTOGRAPHS", ["--output", "EMPTY/used/diary.txt"], "cannot be written"),
     ],
@@ -273,8 +274,13 @@ def test_no_single_file_ends_the_run(model_folder, predict, tmp_path):
     folder.mkdir()
     image = drawn_birds("test", 1, 4, 100)["image"][0]
     exif = Image.Exif()
-    exif[0x0112], exif[0x011A] = 6, "no resolution"  # which ImageOps.exif_transpose dies of when it writes it anew
+    exif[0x0112], exif[0x011A] = 6, TiffImagePlugin.IFDRational(12345, 678)
     image.save(folder / "odd.jpg", exif=exif)
+    content = (folder / "odd.jpg").read_bytes()
+    for order in "<>":  # a resolution of -1/0, of which ImageOps.exif_transpose dies when it writes it anew
+        content = content.replace(struct.pack(f"{order}II", 12345, 678), struct.pack(f"{order}iI", -1, 0))
+    assert content != (folder / "odd.jpg").read_bytes()
+    (folder / "odd.jpg").write_bytes(content)
     (folder / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     Image.new("L", (1, 5000)).save(folder / "line.png")
     Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
