@@ -2,39 +2,69 @@
 
 Drop a photograph on the page, and see what the model takes it for and where it looked. Without --weights it shows a
 model of the drawn birds, which the first start trains and leaves in output/demo. Uploads and pictures lie in a
-temporary folder that goes with the process; nothing is sent anywhere, and only this computer is answered (--host).
+temporary folder that is deleted at the end; nothing is sent anywhere. Only this computer is answered (--host), and only
+under its own names (--allow-host).
 """
 
 import argparse
+import contextlib
 import copy
 import io
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from support.missing import describe_import_error
+
+
+@contextlib.contextmanager
+def direct_connections() -> Iterator[None]:
+    """Without proxies: Gradio asks its own address whether it answers, and builds its clients when it is imported."""
+    before = {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")}
+    os.environ.update(dict.fromkeys(before, "*"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
 try:
-    import gradio as gr
+    with direct_connections():
+        import gradio as gr
     import numpy as np
+    import psutil
     import torch
+    from gradio.processing_utils import check_all_files_in_cache
     from PIL import Image
+    from starlette.datastructures import Headers
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import PlainTextResponse
     from support.launching import exiting_on
 
     from s3n_timm import S3N
     from s3n_timm.classifier import Classifier
     from s3n_timm.data import draw_bird
-    from s3n_timm.draw import draw_explanation
+    from s3n_timm.images import read_image
     from s3n_timm.peaks import PARTITION_MODES
 except ImportError as error:
-    sys.exit(f'demo.py: {error.name or error} is missing: pip install -e ".[demo]"')
+    sys.exit(f"demo.py: {describe_import_error(error, 'demo')}")
 
 MAX_BYTES = 20 * 2**20  # of an upload
+MAX_UPLOADS = 200 * 2**20  # bytes of all uploads and pictures together
 MAX_PIXELS = 50_000_000  # of a photograph: 150 MB when decoded
+AT_ONCE = 4  # requests that are computed at one time: a slow one does not stop the others
+MAX_WAITING = 64  # requests that wait
 EMBEDDED = Path("output/demo")  # the model without --weights
 TRAINING = ("--num-images", "2000", "--epochs", "8", "--checkpoint-hist", "1")
 CLASSES = 4  # of the drawn birds
@@ -50,6 +80,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", metavar="FOLDER_OR_HUB", help="folder of s3n_timm.save, or hf-hub:USER/NAME")
     parser.add_argument("--host", default="127.0.0.1", help="address to answer on, 0.0.0.0 for all (%(default)s)")
+    parser.add_argument("--allow-host", nargs="+", default=[], metavar="NAME",
+                        help="further names under which browsers may ask, such as that of a reverse proxy")
     parser.add_argument("--port", type=int, help="the first free one from 7860 by default")
     return parser.parse_args(argv)
 
@@ -73,13 +105,18 @@ def train_embedded(folder: Path) -> Path:
 def adjust(model: S3N, threshold: float, width: float, partition: str) -> S3N:
     """A copy of a model for one request, so that no other sees its settings."""
     model = copy.deepcopy(model)
-    model.gate_options["threshold"] = threshold
-    model.partition_eval = partition
-    model.set_epoch(model.partition_warmup_epochs)  # a model saved during its warm-up would not listen
+    model.configure(threshold=threshold, partition_eval=partition)
     with torch.no_grad():
-        for branch in model.warped if model.attention == "sparse" else ():
-            getattr(model, f"beta_{branch}").mul_(width)
+        for branch in model.warped if model.config.attention == "sparse" else ():
+            model.beta[branch].mul_(width)
     return model
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """The names of the classes, with their numbers where some are equal: the page keeps one bar per name."""
+    if len(set(names)) == len(names):
+        return list(names)
+    return [f"{name} (class {label})" for label, name in enumerate(names)]
 
 
 def explain(
@@ -92,18 +129,91 @@ def explain(
     """The probability of each class, and the picture of what the model saw.
 
     Raises:
-        ValueError: the file is no image that the model can read.
+        ValueError: the file is not an image that the model can read.
     """
-    image = classifier.prepare(photograph)
-    model = adjust(classifier.model, threshold, width, partition)
-    seen = model.explain(image[None].to(next(model.parameters())))
-    model.explain = lambda _: seen  # asked once: bars and picture agree, whatever the partition draws
-    config, names = classifier.data_config, classifier.label_names
-    figure = draw_explanation(model, image, config["mean"], config["std"], names)
+    image = read_image(photograph, classifier.mode)
+    adjusted = copy.copy(classifier)
+    adjusted.model = adjust(classifier.model, threshold, width, partition)
+    adjusted.label_names = distinct_names(classifier.label_names)
+    seen = adjusted.explain(image)  # once: bars and picture agree, also where the partition is drawn at random
     file = io.BytesIO()
-    figure.savefig(file, dpi=120)
-    chances = model.decide(seen.logits)[0].float().softmax(0).tolist()
-    return dict(zip(names, chances)), Image.open(file)
+    adjusted.draw(image, seen).savefig(file, dpi=120)
+    chances = adjusted.model.decide(seen.logits)[0].float().softmax(0).tolist()
+    return dict(zip(adjusted.label_names, chances)), Image.open(file)
+
+
+# what reaches the page
+
+
+class BoundedUploads:
+    """ASGI middleware that bounds what requests store in a folder: the oldest files make room for new ones.
+
+    Args:
+        app: what answers.
+        folder: where Gradio keeps uploads and pictures.
+        kept: files that stay.
+    """
+
+    def __init__(self, app: Any, folder: Path, kept: Collection[Path]) -> None:
+        self.app, self.folder, self.kept = app, folder, kept
+        self.arriving = 0  # bytes of the requests that are being received
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        length = headers.get("content-length", "0")
+        if "transfer-encoding" in headers or not length.isdecimal():
+            await PlainTextResponse("State the Content-Length.", 411)(scope, receive, send)
+        elif self.arriving + int(length) > MAX_UPLOADS:
+            await PlainTextResponse("Too many uploads at once: try again.", 413)(scope, receive, send)
+        else:
+            self.arriving += int(length)
+            try:
+                if int(length):
+                    self.make_room()
+                await self.app(scope, receive, send)
+            finally:
+                self.arriving -= int(length)
+
+    def make_room(self) -> None:
+        files = []
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # Gradio renames files as they are complete
+                if path.is_file() and path not in self.kept:
+                    files.append((path.stat().st_mtime, path.stat().st_size, path))
+        excess = sum(size for _, size, _ in files) + self.arriving - MAX_UPLOADS
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+def find_upload(upload: Any, folder: Path) -> str | None:
+    """The path of an uploaded file. Requests name paths themselves: others than uploads must not be opened.
+
+    Raises:
+        gradio.Error: it is not a regular file in the folder of uploads; whether it exists is not told.
+    """
+    if upload is None:
+        return None
+    refusal = gr.Error("Upload the photograph: other files are not read.", print_exception=False)
+    try:
+        check_all_files_in_cache(upload.model_dump())
+        path = Path(upload.path).resolve()
+        if path.is_relative_to(folder.resolve()) and path.is_file():
+            return str(path)
+    except (gr.Error, OSError, TypeError, ValueError):
+        pass
+    raise refusal
+
+
+def own_names(host: str) -> list[str]:
+    """What a browser may call this server; another name that leads here is an attack by DNS rebinding."""
+    names = {host, "localhost", "127.0.0.1", "["}  # IPv6 addresses, which the middleware cuts at their first colon
+    if host in ("0.0.0.0", "::"):
+        addresses = [each.address for some in psutil.net_if_addrs().values() for each in some]
+        names |= {socket.gethostname().lower(), socket.getfqdn().lower(), *addresses}
+    return sorted(name for name in names if "*" not in name)
 
 
 # the page
@@ -116,11 +226,21 @@ def draw_examples(folder: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
+def keep_local(move: Callable[..., Any]) -> Callable[..., Any]:
+    """Gradio's function that stores what a request names, without the downloads from addresses of the web."""
+    async def move_file(path: Any) -> Any:
+        if path is not None and "://" in str(path):
+            raise gr.Error("Upload the photograph: nothing is downloaded.", print_exception=False)
+        return await move(path)
+
+    return move_file
+
+
 def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
     model = classifier.model
-    sparse = bool(model.warped) and model.attention == "sparse"
-    gated = bool(model.warped) and model.attention != "saliency"
-    own = model.gate_options["threshold"]
+    sparse = bool(model.warped) and model.config.attention == "sparse"
+    gated = bool(model.warped) and model.config.attention != "saliency"
+    own = model.config.threshold
     paths = draw_examples(folder)
 
     def answer(photograph: str | None, threshold: float, width: float, partition: str) -> tuple[Any, Any]:
@@ -141,12 +261,14 @@ def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
                     buttons=[], elem_id="photograph",
                 )
                 # Gradio's own would open the file, turn it and write it anew: the file itself goes to the model
-                photograph.preprocess = lambda upload: upload and upload.path
+                photograph.preprocess = lambda upload: find_upload(upload, folder)
+                photograph.async_move_resource_to_block_cache = keep_local(
+                    photograph.async_move_resource_to_block_cache)
                 examples = gr.Examples(paths, photograph, label="Drawn birds", cache_examples=False)
                 threshold = gr.Slider(
                     min(0.0, own), max(round(math.log(5), 2), own), own, step=0.01, visible=gated,
                     label="Entropy gate δ",
-                    info=f"Surer first looks follow one class, others the top {model.gate_options['topk']}.",
+                    info=f"Surer first looks follow one class, others the top {model.config.topk}.",
                 )
                 width = gr.Slider(
                     0.25, 3, 1, step=0.05, visible=sparse, label="Attention width",
@@ -162,16 +284,17 @@ def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
                 picture = gr.Image(
                     label="What the model sees", format="png", buttons=["download", "fullscreen"], elem_id="picture")
         inputs, outputs = [photograph, threshold, width, partition], [chances, picture]
-        options = dict(fn=answer, inputs=inputs, outputs=outputs, trigger_mode="always_last", show_progress="minimal")
+        options = dict(fn=answer, inputs=inputs, outputs=outputs, trigger_mode="always_last", show_progress="minimal",
+                       concurrency_limit=AT_ONCE, concurrency_id="explain")
         given = gr.on([page.load, photograph.input], api_name="explain", **options)
         given.failure(lambda: (None, None, None), None, [photograph, *outputs], api_visibility="private")
         examples.load_input_event.success(api_visibility="private", **options)
         gr.on([each.change for each in inputs[1:]], api_visibility="private", **options)
-    return page
+    return page.queue(max_size=MAX_WAITING)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # unwinds, so that the temporary folder goes
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # the classifier refuses more before it decodes them
     with exiting_on(ValueError, OSError), tempfile.TemporaryDirectory(prefix="s3n-demo-") as folder:
@@ -181,18 +304,24 @@ def main() -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = create_page(classifier, Path(folder))
         theme = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
-        page.launch(
-            server_name=args.host,
-            server_port=args.port,
-            max_file_size=MAX_BYTES,
-            share=False,
-            ssr_mode=False,
-            run_history=False,
-            footer_links=["gradio"],
-            theme=theme.set(block_info_text_color="*neutral_500"),
-            quiet=True,
-            prevent_thread_lock=True,
-        )
+        middleware = [
+            Middleware(TrustedHostMiddleware, [*own_names(args.host), *args.allow_host], www_redirect=False),
+            Middleware(BoundedUploads, Path(folder), frozenset(Path(folder).rglob("*"))),
+        ]
+        with direct_connections():
+            page.launch(
+                server_name=args.host,
+                server_port=args.port,
+                max_file_size=MAX_BYTES,
+                share=False,
+                ssr_mode=False,
+                run_history=False,
+                footer_links=["gradio"],
+                theme=theme.set(block_info_text_color="*neutral_500"),
+                quiet=True,
+                prevent_thread_lock=True,
+                app_kwargs=dict(middleware=middleware),
+            )
         print(f"Open {page.local_url} in a browser; Ctrl-C ends it.", flush=True)
         try:
             page.block_thread()

@@ -23,7 +23,6 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError
 from support.files import replace_text, replacing_file
 from support.launching import exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import hold_out
@@ -111,31 +110,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--val-fraction must lie in [0, 1), got {args.val_fraction}.")
     if args.output is None:
         kind = "-".join(["evaluation", *args.dataset.replace(":", "/").split("/"), args.split])
-        args.output = Path("output/evaluation") if is_on_hub(args.weights) else Path(args.weights) / kind
+        args.output = Path(args.weights) / kind if Path(args.weights).is_dir() else Path("output/evaluation")
     return args
 
 
 # model
 
 
-def is_on_hub(weights: str) -> bool:
-    return weights.startswith("hf-hub:")
-
-
 def load_model(args: argparse.Namespace) -> nn.Module:
     """The model in eval mode."""
-    name = args.weights
-    if not is_on_hub(name):
-        if not (Path(name) / "config.json").is_file():
-            lack = "has no config.json" if Path(name).is_dir() else "is not a folder"
-            raise ValueError(f"WEIGHTS {name} {lack}: name a folder that s3n_timm.save wrote, or hf-hub:USER/NAME.")
-        name = f"local-dir:{name}"
     try:
-        model = timm.create_model(name, pretrained=True).eval()
+        model = s3n_timm.load_model(args.weights).eval()
         if args.img_size and model.pretrained_cfg.get("fixed_input_size"):  # its position embedding is resampled
-            model = timm.create_model(name, pretrained=True, img_size=args.img_size).eval()
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"WEIGHTS {args.weights} cannot be loaded as a timm model ({error}).") from error
+            model = s3n_timm.load_model(args.weights, img_size=args.img_size).eval()
+    except ValueError as error:
+        raise ValueError(f"WEIGHTS {error}") from error
     return model
 
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_transform, resolve_data_config
+from support.missing import describe_import_error
 from torch import Tensor, nn
 
 import s3n_timm
-from s3n_timm.checkpoints import label_names
-from s3n_timm.images import expand_path, find_images, image_mode
+from s3n_timm.images import expand_path, find_images
 from s3n_timm.peaks import PARTITION_MODES
 
 try:
@@ -36,7 +35,7 @@ try:
 
     from s3n_timm.data import drawn_birds, read_stored
 except ImportError as error:
-    sys.exit(f'export.py: {error.name or error} is missing: pip install -e ".[export]"')
+    sys.exit(f"export.py: {describe_import_error(error, 'export')}")
 
 FORMATS = ("onnx", "pt2")
 RANDOM = ("probability", "random")
@@ -49,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("weights", metavar="WEIGHTS", help="folder of s3n_timm.save, hf-hub:USER/NAME, or a timm name")
     parser.add_argument("--output", type=Path, required=True, help="folder for the files")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--opset", type=int, default=18, help="of ONNX; GridSample needs 16")
+    parser.add_argument("--opset", type=int, default=18, help="of ONNX, 18 or later; TensorRT wants less than 20")
     modes = [mode for mode in PARTITION_MODES if mode not in RANDOM]
     parser.add_argument("--partition-eval", choices=modes, help="how peaks are divided, if not the model's way")
 
@@ -75,8 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}.")
     if min(args.batch_sizes) < 1:
         parser.error(f"--batch-sizes must be positive, got {min(args.batch_sizes)}.")
-    if args.opset < 16:
-        parser.error(f"--opset must be 16 or later, which has GridSample, got {args.opset}.")
+    if args.opset < 18:
+        parser.error(f"--opset must be 18 or later, got {args.opset}: PyTorch writes no earlier ones.")
     if bool(args.int8) != bool(args.dataset):
         parser.error("--int8 and --dataset belong together: the accuracy of int8 is measured on labelled images.")
     if args.int8 and "onnx" not in args.formats:
@@ -90,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load_model(args: argparse.Namespace) -> nn.Module:
     """The model in eval mode, with the partition that the arguments ask for."""
     name = args.weights
-    untrained = timm.is_model(name) and not (Path(name) / "config.json").is_file()
+    untrained = timm.is_model(name) and not Path(name).is_dir()
     if untrained:
         print(f"{name} is untrained: its logits and peaks are those of random weights.")
         torch.manual_seed(0)
@@ -98,10 +97,9 @@ def load_model(args: argparse.Namespace) -> nn.Module:
         model = s3n_timm.load_model(name, pretrained=not untrained).eval()
     except ValueError as error:
         raise ValueError(f"WEIGHTS {error}") from error
-    if isinstance(model, s3n_timm.S3N) and model.attention == "sparse" and model.warped:
+    if isinstance(model, s3n_timm.S3N) and model.config.attention == "sparse" and model.answering:
         if args.partition_eval:
-            model.partition_eval = args.partition_eval
-            model.set_epoch(model.partition_warmup_epochs)  # weights from its warm-up would go on with another one
+            model.configure(partition_eval=args.partition_eval)
         if model.partition in RANDOM:
             raise ValueError(
                 f"WEIGHTS {name} divides peaks by {model.partition!r}, at random also at inference, which ONNX cannot "
@@ -143,7 +141,12 @@ def load_images(args: argparse.Namespace, data_config: dict[str, Any], read: Cal
 # files
 
 
-def export_files(model: nn.Module, image: Tensor, data_config: dict[str, Any], args: argparse.Namespace) -> None:
+def export_files(
+        model: nn.Module,
+        image: Tensor,
+        classifier: s3n_timm.Classifier,
+        args: argparse.Namespace,
+) -> None:
     """model.pt2 and model.onnx for any batch size, and preprocessing.json, which says what images they want."""
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad(), warnings.catch_warnings():
@@ -164,8 +167,8 @@ def export_files(model: nn.Module, image: Tensor, data_config: dict[str, Any], a
             with replacing_file(args.output / "model.onnx") as path:
                 exported.save(path, external_data=False)
     names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    preprocessing = {name: data_config[name] for name in names}
-    preprocessing["label_names"] = label_names(model)
+    preprocessing = {name: classifier.data_config[name] for name in names}
+    preprocessing["label_names"] = classifier.label_names
     replace_text(args.output / "preprocessing.json", json.dumps(preprocessing, indent=1))
 
 
@@ -258,23 +261,21 @@ def report(rows: list[dict[str, Any]], title: str, console: Console) -> None:
 # main
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     torch.set_num_threads(args.cpu_threads)
     with exiting_on(ValueError, OSError):
         model = load_model(args)
-        data_config = resolve_data_config(model=model)
-        keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-        transform = create_transform(**{key: data_config[key] for key in keys})
-        mode = image_mode(data_config["input_size"][0])
+        classifier = s3n_timm.Classifier(model, exit_entropy=0)
+        data_config = classifier.data_config
 
         def read(image: Any) -> Tensor:
-            return transform(read_stored(image, mode))
+            return classifier.transform(read_stored(image, classifier.mode))
 
         images, names = load_images(args, data_config, read)
         args.output.mkdir(parents=True, exist_ok=True)
-        export_files(model, images[0], data_config, args)
+        export_files(model, images[0], classifier, args)
         int8 = export_int8(start_onnx, model.num_classes, read, args, console) if args.int8 else None
     try:
         rows = compare(start_runtimes(model, args), images, names, args)
@@ -286,6 +287,9 @@ def main() -> None:
     replace_text(args.output / "export.json", json.dumps(content, indent=1))
     report(rows, f"{args.weights}, {len(images)} images, {args.cpu_threads} thread(s)", console)
     print(f"Files: {args.output}")
+    if args.opset >= 20 and "onnx" in args.formats:
+        print(f"Opset {args.opset}: TensorRT computes its GridSample with the nearest pixel in place of bilinear "
+              "weights (NVIDIA/TensorRT #4646): for TensorRT give --opset 18.")
     exact = [row for row in rows if row["runtime"] != "ONNX Runtime int8"]
     worst = max(exact, key=lambda row: row["difference"])
     if not worst["difference"] <= args.tolerance:

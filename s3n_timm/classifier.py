@@ -1,22 +1,30 @@
 """Labels for images of any kind, with a model's own preprocessing."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from .checkpoints import label_names
+from .early_exit import answer_batch
 from .hub import load_model
-from .images import ImageLike, read_image
+from .images import ImageLike, image_mode, read_image
+from .model import S3N
+from .outputs import Explanation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Classifier:
     """A trained model that names what images show.
 
     Example:
+        >>> from PIL import Image
         >>> from s3n_timm import S3N
         >>> classifier = Classifier(S3N("test_resnet", num_classes=3))
         >>> answers = classifier(Image.new("RGB", (120, 80)), top_k=2)
@@ -24,28 +32,44 @@ class Classifier:
         (2, ['label', 'score'])
 
     Args:
-        model: an S3N, or any timm model with a classifier. It is put into eval mode.
+        model: an S3N, or any timm model with a classifier, of 1 or 3 input channels. It is put into eval mode. Images
+            are brought to its device and precision.
         device: where it runs; where it is by default.
         batch_size: images that it reads at one time.
+        exit_entropy: early exit: images whose O branch has less entropy than so many nats are answered by that branch
+            alone. 0 asks all branches about every image. By default it is what the model's config.json states, and 0
+            where that states nothing.
 
     Attributes:
         model: the model.
+        exit_entropy: the threshold in force, in nats; 0 for models without warped branches to save.
+        mode: of the PIL images that it reads, 'RGB' or 'L'.
         data_config: its preprocessing, as timm describes it.
-        transform: that preprocessing, of a PIL image in RGB.
+        transform: that preprocessing, of a PIL image of that mode.
         label_names: a name for each class; its number where the model knows none.
 
     Raises:
-        ValueError: the model has no classifier, or `batch_size` is not positive.
+        ValueError: the model has no classifier, or neither 1 nor 3 input channels; `batch_size` is not positive; or
+            `exit_entropy` is negative or no number, or asked of a model that is no S3N with the O branch.
     """
 
-    def __init__(self, model: nn.Module, *, device: str | torch.device | None = None, batch_size: int = 16) -> None:
+    def __init__(
+            self,
+            model: nn.Module,
+            *,
+            device: str | torch.device | None = None,
+            batch_size: int = 16,
+            exit_entropy: float | None = None,
+    ) -> None:
         if not getattr(model, "num_classes", 0):
             raise ValueError("model has no classifier: give it num_classes, and weights that were trained for them.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.data_config = _data_config(model)
+        self.mode = image_mode(self.data_config["input_size"][0])
+        self.exit_entropy = _exit_entropy(model, exit_entropy)
         self.model = model.eval() if device is None else model.eval().to(device)
         self.batch_size = batch_size
-        self.data_config: dict[str, Any] = resolve_data_config({}, model=model)
         self.transform = create_transform(**self.data_config)
         self.label_names = label_names(model)
 
@@ -56,13 +80,14 @@ class Classifier:
             *,
             device: str | torch.device | None = None,
             batch_size: int = 16,
+            exit_entropy: float | None = None,
     ) -> "Classifier":
         """Load a model by its folder or name, as `s3n_timm.load_model` does.
 
         Raises:
             ValueError: there is no such model, or it cannot be loaded; the message says why.
         """
-        return cls(load_model(name), device=device, batch_size=batch_size)
+        return cls(load_model(name), device=device, batch_size=batch_size, exit_entropy=exit_entropy)
 
     def __call__(self, images: Any, top_k: int = 5) -> list[Any]:
         """Name what images show.
@@ -91,9 +116,8 @@ class Classifier:
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
-        """B×C probabilities of a sequence of images, on the CPU; the errors are those of a call."""
-        device = next(self.model.parameters()).device
-        parts = [torch.empty(0, len(self.label_names))]
+        """B×C probabilities of a sequence of images, in float32 on the CPU; the errors are those of a call."""
+        parts = [torch.empty(0, len(self.label_names), dtype=torch.float32)]
         for start in range(0, len(images), self.batch_size):
             batch = []
             for place in range(start, min(start + self.batch_size, len(images))):
@@ -102,7 +126,12 @@ class Classifier:
                 except (TypeError, ValueError) as error:
                     where = f" {place}" if len(images) > 1 else ""
                     raise type(error)(f"image{where}: {error}") from error
-            parts.append(self.model(torch.stack(batch).to(device)).float().softmax(1).cpu())
+            x = self.to_model(torch.stack(batch))
+            if self.exit_entropy and isinstance(self.model, S3N):
+                probabilities = answer_batch(self.model, x, self.exit_entropy).probabilities
+            else:
+                probabilities = self.model(x).float().softmax(1)
+            parts.append(probabilities.float().cpu())
         return torch.cat(parts)
 
     def prepare(self, image: ImageLike) -> Tensor:
@@ -114,11 +143,85 @@ class Classifier:
                 [0, 1]. Images are turned as their EXIF says, transparency lies on white, 16 bits are scaled to 8.
 
         Returns:
-            C×H×W, normalised, on the CPU.
+            C×H×W, normalised, in float32 on the CPU; C is 1 for models that read grey images.
 
         Raises:
             TypeError: it is none of these.
-            ValueError: it cannot be read, is empty, too large, more than 20 times as long as it is wide, or has values
-                that are no brightness.
+            ValueError: it cannot be read, is empty, too large or too long and thin, or its pixel values are out of
+                range.
         """
-        return self.transform(read_image(image))
+        return self.transform(read_image(image, self.mode))
+
+    def to_model(self, x: Tensor) -> Tensor:
+        """Prepared images on the model's device, in its precision."""
+        # weights that Accelerate keeps elsewhere are meta tensors here: its hooks move the input themselves
+        floating = (each for each in self.model.parameters() if each.is_floating_point() and not each.is_meta)
+        weight = next(floating, x)
+        return x.to(weight.device, weight.dtype, non_blocking=True)
+
+    @torch.inference_mode()
+    def explain(self, image: ImageLike) -> Explanation:
+        """What the model sees in one image: `S3N.explain` of a batch of this image. All branches are asked.
+
+        Raises:
+            TypeError: it is no image.
+            ValueError: it cannot be read, or the model is no S3N.
+        """
+        if not isinstance(self.model, S3N):
+            raise ValueError(f"explain needs an S3N, got {type(self.model).__name__}, which has no peaks and no warps.")
+        return self.model.explain(self.to_model(self.prepare(image)[None]))
+
+    def draw(self, image: ImageLike, explanation: Explanation | None = None) -> "Figure":
+        """Draw what the model sees in one image: `s3n_timm.draw.draw_explanation` (needs matplotlib).
+
+        Args:
+            image: see `prepare`.
+            explanation: what `explain` gave for this image; asked for if left out, when a partition that draws at
+                random draws anew.
+
+        Raises:
+            TypeError: it is no image.
+            ValueError: it cannot be read, or the model is no S3N.
+        """
+        from .draw import draw_explanation
+
+        explanation = self.explain(image) if explanation is None else explanation
+        assert isinstance(self.model, S3N)  # or it would have explained nothing
+        mean, std = self.data_config["mean"], self.data_config["std"]
+        return draw_explanation(self.model, self.prepare(image), mean, std, self.label_names, explanation)
+
+
+def _pretrained_cfg(model: nn.Module) -> Any:
+    return getattr(model, "pretrained_cfg", None) or {}
+
+
+def _data_config(model: nn.Module) -> dict[str, Any]:
+    """timm's, with the channels that the model reads: `in_chans` of `create_model` leaves those of the config alone."""
+    config = resolve_data_config({}, model=model)
+    stated, *size = config["input_size"]
+    channels = getattr(model, "in_chans", None)
+    if channels is None:
+        first = _pretrained_cfg(model).get("first_conv")
+        names = [first] if isinstance(first, str) else list(first or ())
+        modules = dict(model.named_modules())
+        known = (getattr(modules.get(name), "in_channels", None) for name in names)
+        channels = next(filter(None, known), stated)
+        if channels == 16 * stated:  # stems that bring 4×4 pixels into the channels
+            channels = stated
+    config["input_size"] = (channels, *size)
+    if channels == 1:  # the normalisation of colours, of their mean
+        config |= {name: (math.fsum(config[name]) / len(config[name]),) for name in ("mean", "std")}
+    return config
+
+
+def _exit_entropy(model: nn.Module, asked: float | None) -> float:
+    able, stated = False, None
+    if isinstance(model, S3N) and "O" in model.config.branches:
+        able, stated = True, model.config.exit_entropy
+    name, value = ("exit_entropy of config.json", stated) if asked is None else ("exit_entropy", asked)
+    value = 0.0 if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"{name} must be at least 0 nats, got {value!r}.")
+    if value and not able:
+        raise ValueError("exit_entropy needs an S3N with the O branch, which answers confident images: leave it out.")
+    return float(value)

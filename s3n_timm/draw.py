@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .layout import GAP, LARGE, LINE, SMALL, Block, create_tiles, fit_line, name_row, show, write
-from .model import S3N
+from .model import S3N, Explanation
 from .outputs import S3NLogits
 from .sampling import BRANCHES, SelectiveSample
 
@@ -78,6 +78,7 @@ def draw_explanation(
         mean: Sequence[float],
         std: Sequence[float],
         label_names: Sequence[str] | None = None,
+        explanation: Explanation | None = None,
 ) -> "Figure":
     """Draw one image as a model sees it in eval mode (figures 1, 2 and 7), in one row per branch.
 
@@ -92,6 +93,7 @@ def draw_explanation(
         mean: of the normalization, one number per channel or one for all, to undo it.
         std: of the normalization.
         label_names: a name for each class.
+        explanation: what `model.explain` gave for this image in eval mode, where it is known.
 
     Returns:
         A matplotlib figure.
@@ -100,7 +102,7 @@ def draw_explanation(
         ValueError: an argument does not fit the model, or the model has no classes or is no S3N.
     """
     _check_model(model, [image], mean, std, label_names)
-    seen = _see(model, image, mean, std)
+    seen = _see(model, image, mean, std, explanation)
     branches = ("original", *model.warped)
     columns = 3 if model.warped else 2  # the original alone has no response
     left = 0.3
@@ -311,13 +313,20 @@ def _check_batch(
 # what is seen
 
 
-def _see(model: S3N, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> _Seen:
-    training = model.training
-    model.eval()
-    try:
-        seen = model.explain(image[None].to(next(model.parameters())))
-    finally:
-        model.train(training)
+def _see(
+        model: S3N,
+        image: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seen: Explanation | None = None,
+) -> _Seen:
+    if seen is None:
+        training = model.training
+        model.eval()
+        try:
+            seen = model.explain(image[None].to(next(model.parameters())))
+        finally:
+            model.train(training)
 
     def pixels(x: Tensor) -> Any:
         x = x[0].permute(1, 2, 0).float().cpu() * torch.tensor(std) + torch.tensor(mean)

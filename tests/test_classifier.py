@@ -175,7 +175,7 @@ def test_models(folder, tmp_path):
         Classifier(timm.create_model("test_resnet", num_classes=0))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Classifier(build(), batch_size=0)
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="folder"):
         Classifier.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no config\.json"):
         Classifier.from_pretrained(tmp_path)
@@ -184,3 +184,111 @@ def test_models(folder, tmp_path):
         Classifier.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         s3n_timm.Classifier(build())([], top_k=0)
+
+
+# models that read otherwise
+
+
+@pytest.mark.parametrize("make", [
+    lambda **options: S3N("test_resnet", 4, **options),
+    lambda **options: timm.create_model("test_resnet", num_classes=4, **options),
+])
+def test_models_of_one_channel_read_grey(make, birds):
+    torch.manual_seed(0)
+    classifier = Classifier(make(in_chans=1))
+    image = classifier.prepare(birds[0])
+    assert image.shape[0] == 1
+    assert torch.equal(image, classifier.prepare(birds[0].convert("L")))
+    assert abs(image.mean()) < 2, "not normalised"
+    assert len(classifier(birds[:2])) == 2
+    assert classifier.data_config["input_size"][0] == 1
+    for channels in (2, 4):
+        with pytest.raises(ValueError, match=f"{channels} channels"):
+            Classifier(make(in_chans=channels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_get_the_precision_of_the_model(dtype, birds):
+    birds = birds[:2]
+    expected = Classifier(build()).probabilities(birds)
+    found = Classifier(build().to(dtype))
+    assert found.probabilities(birds).dtype == torch.float32
+    if dtype == torch.float64:
+        torch.testing.assert_close(found.probabilities(birds), expected, atol=1e-4, rtol=0)
+    plain = timm.create_model("test_resnet", num_classes=3).to(dtype)
+    assert Classifier(plain).probabilities(birds).sum(1).tolist() == pytest.approx([1, 1], abs=0.01)
+    assert found.explain(birds[0]).logits.joint.dtype in (dtype, torch.float32)
+
+
+def test_classes_of_one_name_stay_apart():
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.pretrained_cfg["label_names"] = ["robin"] * 3
+    answer = Classifier(model)(Image.new("RGB", (50, 40)))
+    assert [each["label"] for each in answer] == ["robin"] * 3
+    assert sum(each["score"] for each in answer) == pytest.approx(1)
+
+
+# early exit
+
+
+def spread(birds):
+    """The entropies of the O branch and a threshold between them."""
+    classifier = Classifier(build())
+    with torch.no_grad():
+        torch.nn.init.normal_(classifier.model.backbone.get_classifier().weight, std=0.5)
+        seen = [classifier.explain(bird) for bird in birds]
+    entropy = torch.cat([torch.special.entr(each.logits.original.softmax(1)).sum(1) for each in seen])
+    return classifier.model, seen, entropy, entropy.sort().values[2:4].mean().item()
+
+
+def test_confident_images_are_answered_by_the_original_branch(birds):
+    model, seen, entropy, threshold = spread(birds)
+    original = torch.cat([each.logits.original for each in seen]).softmax(1)
+    joint = torch.cat([each.logits.joint for each in seen]).softmax(1)
+    expected = torch.where((entropy < threshold)[:, None], original, joint)
+    found = Classifier(model, exit_entropy=threshold, batch_size=4).probabilities(birds)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert (found - joint).abs().amax(1).gt(1e-3).sum() == 3, "three of six exit"
+    torch.testing.assert_close(Classifier(model, exit_entropy=0).probabilities(birds), joint, atol=1e-5, rtol=1e-4)
+
+
+def test_threshold_of_the_model_is_the_default(birds):
+    model, _, _, threshold = spread(birds)
+    model.pretrained_cfg["exit_entropy"] = threshold
+    expected = Classifier(model, exit_entropy=threshold).probabilities(birds)
+    torch.testing.assert_close(Classifier(model).probabilities(birds), expected)
+    assert Classifier(model).exit_entropy == threshold
+    assert Classifier(model, exit_entropy=0).exit_entropy == 0
+    assert Classifier(build()).exit_entropy == 0
+    for wrong in ("much", -1, float("nan"), True):
+        model.pretrained_cfg["exit_entropy"] = wrong
+        with pytest.raises(ValueError, match=r"exit_entropy of config\.json must be at least 0"):
+            Classifier(model)
+
+
+def test_early_exit_needs_the_original_branch():
+    for model in (timm.create_model("test_resnet", num_classes=3), S3N("test_resnet", 3, branches="D+C")):
+        with pytest.raises(ValueError, match="O branch"):
+            Classifier(model, exit_entropy=0.5)
+        model.pretrained_cfg["exit_entropy"] = 0.5  # stated for the model that this was taken from
+        assert Classifier(model).exit_entropy == 0
+
+
+# what it sees
+
+
+def test_explanation_and_drawing(classifier, birds):
+    pytest.importorskip("matplotlib")
+    seen = classifier.explain(birds[0])
+    expected = classifier.model.explain(classifier.prepare(birds[0])[None])
+    torch.testing.assert_close(seen.logits.joint, expected.logits.joint)
+    assert seen.sample.peaks.shape[0] == 1
+    figure = classifier.draw(birds[0], seen)
+    said = " ".join(text.get_text() for text in figure.texts)
+    assert classifier(birds[0])[0]["label"] in said
+    other = classifier.draw(birds[0], classifier.explain(birds[1]))
+    assert " ".join(text.get_text() for text in other.texts) != said, "the explanation that is given is drawn"
+    plain = Classifier(timm.create_model("test_resnet", num_classes=3))
+    for ask in (plain.explain, plain.draw):
+        with pytest.raises(ValueError, match="S3N"):
+            ask(birds[0])

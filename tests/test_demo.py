@@ -1,10 +1,13 @@
 """examples/demo.py as its users meet it: a real process, over HTTP and in Chromium."""
 
+import asyncio
+import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +44,7 @@ class Server(NamedTuple):
     root: Path  # holds its home, its working folder and the system's temporary folder, and nothing of ours
 
 
-def start(root, *args, ok=True):
+def start(root, *args, ok=True, **variables):
     folders = {name: root / name for name in ("home", "work", "tmp")}
     for folder in folders.values():
         folder.mkdir(exist_ok=True)
@@ -49,7 +52,7 @@ def start(root, *args, ok=True):
     environment |= dict(
         HOME=str(folders["home"]), TMPDIR=str(folders["tmp"]), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1",
         HF_HUB_OFFLINE="1", PYTHONIOENCODING="utf-8",
-    )
+    ) | variables
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *map(str, args)],
         stdout=subprocess.PIPE,
@@ -109,9 +112,11 @@ def ask(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    import demo
-
-    return demo
+    sys.path.insert(0, str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("demo_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -124,10 +129,10 @@ def bird(tmp_path):
 def expected(weights, path, threshold=1.5, width=1.0, partition="expected"):
     """The five largest probabilities of a model of our own that has those settings."""
     model = timm.create_model(f"local-dir:{weights}", pretrained=True).eval()
-    model.gate_options["threshold"], model.partition_eval = threshold, partition
+    model.configure(threshold=threshold, partition_eval=partition)
     with torch.no_grad():
-        model.beta_discriminative *= width
-        model.beta_complementary *= width
+        for beta in model.beta.values():
+            beta *= width
         top = model(Classifier.from_pretrained(weights).prepare(path)[None]).softmax(1)[0].topk(5)
     return {NAMES[label]: chance for label, chance in zip(top.indices.tolist(), top.values.tolist())}
 
@@ -229,6 +234,136 @@ def test_large_upload_is_refused_and_not_kept(server, tmp_path):
     assert answer.status_code == 413
     assert kept() == before
     assert httpx.post(upload, files=dict(files=("small.png", bytes(19 * MEGABYTE))), timeout=60).status_code == 200
+
+
+def forge(server, photograph):
+    """A request as no page makes it: the events that answer it."""
+    call = f"{server.url}gradio_api/call/explain"
+    event = httpx.post(call, json=dict(data=[photograph, 0.2, 1.0, "expected"]), timeout=30).json()["event_id"]
+    return httpx.get(f"{call}/{event}", timeout=30).text
+
+
+def test_only_uploads_are_read(server, ask, bird, tmp_path):
+    """A request can name any path, of an image of this computer, of a device, of a file that is not there."""
+    before, _ = ask(bird)
+    paths = [bird, tmp_path / "absent.png", "/dev/ptmx", SCRIPT, server.root, f"{server.root}/../../etc/hostname"]
+    meta = dict(_type="gradio.FileData")
+    answers = [forge(server, dict(path=str(path))) for path in paths]
+    assert len(set(answers)) == 1, "whether a file is there is not told"
+    assert "event: error" in answers[0]
+    for path in (*paths, "http://192.0.2.1/a.png"):
+        assert "event: complete" not in forge(server, dict(path=str(path), meta=meta))
+    assert ask(bird)[0] == before
+
+
+def test_nothing_is_downloaded(script):
+    async def move(path):
+        return path
+
+    keep = script.keep_local(move)
+    assert asyncio.run(keep("/tmp/a.png")) == "/tmp/a.png"
+    assert asyncio.run(keep(None)) is None
+    for address in ("http://example.org/a.png", "HTTPS://example.org/a.png"):
+        with pytest.raises(script.gr.Error):
+            asyncio.run(keep(address))
+
+
+def test_other_names_are_not_answered(server, weights, tmp_path):
+    """By DNS rebinding a page of the web asks this server under the page's own name."""
+    for path in ("", "config", "gradio_api/upload"):
+        answer = httpx.get(server.url + path, headers=dict(Host="rebinding.example:7860"))
+        assert answer.status_code == 400, path
+    port = httpx.URL(server.url).port
+    assert httpx.get(server.url, headers=dict(Host=f"localhost:{port}")).status_code == 200
+
+
+def test_names_of_a_server_for_others(script):
+    assert set(script.own_names("127.0.0.1")) == {"127.0.0.1", "localhost", "["}
+    every = script.own_names("0.0.0.0")
+    assert {each.address for some in psutil.net_if_addrs().values() for each in some} <= set(every)
+    assert script.parse_args(["--allow-host", "birds.example.org"]).allow_host == ["birds.example.org"]
+
+
+def test_uploads_together_are_bounded(server, script, ask, bird):
+    before, _ = ask(bird)
+    content = bytes(19 * MEGABYTE)
+    for number in range(script.MAX_UPLOADS // len(content) + 3):
+        files = dict(files=(f"{number}.png", content[number:]))
+        assert httpx.post(f"{server.url}gradio_api/upload", files=files, timeout=60).status_code == 200
+    kept = [path.stat().st_size for path in (server.root / "tmp").rglob("*") if path.is_file()]
+    assert sum(kept) <= script.MAX_UPLOADS + 2 * MEGABYTE
+    assert ask(bird)[0] == before
+
+    def chunks():
+        yield b"no length"
+
+    assert httpx.post(f"{server.url}gradio_api/upload", content=chunks()).status_code == 411
+
+
+def test_drawn_birds_stay_when_room_is_made(script, tmp_path, monkeypatch):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(bytes(100))
+        os.utime(tmp_path / f"{number}.png", (number, number))
+    monkeypatch.setattr(script, "MAX_UPLOADS", 250)
+    script.BoundedUploads(None, tmp_path, {tmp_path / "0.png"}).make_room()
+    assert {path.name for path in tmp_path.iterdir()} == {"0.png", "1.png", "2.png"}
+    script.BoundedUploads(None, tmp_path, set()).make_room()
+    assert {path.name for path in tmp_path.iterdir()} == {"1.png", "2.png"}
+
+
+def test_a_stuck_image_does_not_stop_others(script, weights, bird, tmp_path, monkeypatch):
+    """In this process, where one request can be made to hang."""
+    free, explain = threading.Event(), script.explain
+
+    def hang(classifier, photograph, *settings):
+        if Path(photograph).name == "stuck.png":
+            free.wait(60)
+        return explain(classifier, photograph, *settings)
+
+    monkeypatch.setattr(script, "explain", hang)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page"))
+    (tmp_path / "page").mkdir()
+    page = script.create_page(Classifier.from_pretrained(weights), tmp_path / "page")
+    page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    try:
+        client = Client(page.local_url, verbose=False, analytics_enabled=False, download_files=False)
+        stuck = shutil.copy(bird, tmp_path / "stuck.png")
+        waiting = client.submit(handle_file(str(stuck)), 0.2, 1, "expected", api_name="/explain")
+        label, _ = client.submit(handle_file(str(bird)), 0.2, 1, "expected", api_name="/explain").result(timeout=30)
+        assert label["label"] in NAMES
+        assert not waiting.done()
+    finally:
+        free.set()
+        page.close(verbose=False)
+
+
+def test_page_starts_behind_a_proxy(weights, tmp_path):
+    """Its own address is asked directly, with a proxy of any kind in the environment."""
+    nowhere = dict(http_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9", ALL_PROXY="socks5://127.0.0.1:9")
+    server = start(tmp_path, "--weights", weights, **nowhere)
+    with httpx.Client(trust_env=False) as client:
+        assert client.get(server.url).status_code == 200
+    stop(server)
+
+
+def test_environment_of_proxies_is_restored(script, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with script.direct_connections():
+        assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "*"
+    assert os.environ["NO_PROXY"] == "localhost"
+    assert "no_proxy" not in os.environ
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    ("ModuleNotFoundError('no', name='gradio')", 'gradio is missing: pip install -e ".[demo]"'),
+    ("ImportError('Using SOCKS proxy, but socksio is not there.', name='httpx')", "Using SOCKS proxy"),
+])
+def test_import_error_names_what_is_missing(tmp_path, error, said):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "gradio.py").write_text(f"raise {error}")
+    text = start(tmp_path, ok=False, PYTHONPATH=f"{tmp_path / 'modules'}:{os.environ.get('PYTHONPATH', '')}")
+    assert text.strip().splitlines()[-1].startswith(f"demo.py: {said}")
 
 
 def test_listens_on_this_computer_only_and_sends_nothing_out(server):
@@ -371,6 +506,16 @@ def test_page_for_every_kind_of_model(script, bird, tmp_path, options):
     assert adjusted.partition == "all"
     for name, value in classifier.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_classes_of_one_name_have_a_bar_each(script, bird, tmp_path):
+    torch.manual_seed(0)
+    model = S3N("test_resnet", num_classes=3).eval()
+    classifier = Classifier.from_pretrained(save(model, tmp_path / "weights", label_names=["wren", "jay", "wren"]))
+    answer, _ = script.explain(classifier, bird, 0.5, 1.0, "expected")
+    assert sum(answer.values()) == pytest.approx(1)
+    assert len(answer) == 3
+    assert classifier.label_names == ["wren", "jay", "wren"]
 
 
 # in a browser

@@ -764,7 +764,7 @@ def write_folder(root, broken=None, count=2, classes=2):
 
 def test_missing_weights_end_a_process_in_one_sentence(tmp_path):
     text = launch(tmp_path / "nowhere", ok=False)
-    assert text.startswith(f"evaluate.py: WEIGHTS {tmp_path / 'nowhere'} is not a folder: name a folder that")
+    assert text.startswith(f"evaluate.py: WEIGHTS {tmp_path / 'nowhere'} cannot be loaded: there is no such folder")
     assert len(text.strip().splitlines()) == 1
     assert not (tmp_path / "nowhere").exists()
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import EXAMPLES, command, run
 from PIL import Image
+from scripts import EXAMPLES, command, run
 from timm.data import create_transform
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -378,8 +378,8 @@ def test_int8_accuracy_is_that_of_the_labelled_images(finished, saved):
 
 def test_int8_of_linear_layers(tmp_path):
     """dynamic: a model of convolutions and linear layers has the linear ones quantised alone."""
-    from support import quantization
-
+    sys.path.insert(0, str(EXAMPLES))
+    quantization = pytest.importorskip("quantization")
     model = build("test_convnext")
     images = birds(3)
     torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, input_names=["image"],
@@ -395,8 +395,8 @@ def test_int8_of_linear_layers(tmp_path):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_folding_shares_weights_of_both_passes(bias, tmp_path):
-    from support import quantization
-
+    sys.path.insert(0, str(EXAMPLES))
+    quantization = pytest.importorskip("quantization")
 
     class Twice(nn.Module):
         def __init__(self):
@@ -468,7 +468,8 @@ def test_random_partition_is_refused_or_replaced(tmp_path):
     ("arguments", "sentence"),
     [
         (("nowhere",), "WEIGHTS nowhere cannot be loaded: there is no such folder"),
-        (("test_resnet", "--opset", "15"), "--opset must be 16 or later"),
+        (("test_resnet", "--opset", "15"), "--opset must be 18 or later"),
+        (("test_resnet", "--opset", "17"), "--opset must be 18 or later"),
         (("test_resnet", "--batch-sizes", "0"), "--batch-sizes must be positive"),
         (("test_resnet", "--int8", "static"), "--int8 and --dataset belong together"),
         (("test_resnet", "--int8", "static", "--dataset", "birds", "--formats", "pt2"), "add onnx to --formats"),
@@ -479,15 +480,35 @@ def test_random_partition_is_refused_or_replaced(tmp_path):
 )
 def test_mistakes_end_in_a_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
     """In this process: starting one for each would take most of the time."""
-    monkeypatch.setattr(sys, "argv", ["export.py", *arguments, "--output", str(tmp_path / "out")])
-    import export as script
-
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = pytest.importorskip("export")
     with pytest.raises(SystemExit) as exit_:
-        script.main()
+        script.main([*arguments, "--output", str(tmp_path / "out")])
     said = str(exit_.value.code) + capsys.readouterr().err
     assert exit_.value.code not in (0, None)
     assert sentence in said
     assert not (tmp_path / "out").exists()
+
+
+def test_plain_folder_and_a_late_opset(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = pytest.importorskip("export")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3, in_chans=1).eval()
+    model.pretrained_cfg.update(input_size=(1, 64, 64), num_classes=3)
+    s3n_timm.save(model, tmp_path / "plain", label_names=["a", "b", "c"])
+    arguments = [tmp_path / "plain", "--output", tmp_path / "out", "--opset", 20, "--formats", "onnx", "--no-compile",
+                 "--num-images", 2, "--batch-sizes", 2, "--repetitions", 1, "--cpu-threads", 1]
+    script.main(list(map(str, arguments)))
+    assert "TensorRT" in capsys.readouterr().out
+    graph = onnx.load(tmp_path / "out" / "model.onnx")
+    assert next(entry.version for entry in graph.opset_import if entry.domain == "") == 20
+    preprocessing = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
+    assert preprocessing["label_names"] == ["a", "b", "c"]
+    assert preprocessing["input_size"] == [1, 64, 64]
+    images = torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(start(tmp_path / "out" / "model.onnx")(images), model(images), rtol=0, atol=1e-4)
 
 
 def test_int8_wants_the_models_classes(saved, tmp_path):

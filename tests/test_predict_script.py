@@ -1,9 +1,14 @@
 """examples/predict.py as its users run it."""
 
 import ast
+import importlib
+import json
+import multiprocessing
 import os
 import signal
+import struct
 import subprocess
+import sys
 import time
 
 import datasets
@@ -11,8 +16,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import ENVIRONMENT, command, run
-from PIL import Image
+from PIL import Image, TiffImagePlugin
+from scripts import ENVIRONMENT, EXAMPLES, command, run
 
 from s3n_timm import S3N, Classifier, save
 from s3n_timm.data import drawn_birds
@@ -21,7 +26,31 @@ from s3n_timm.sampling import warp_grid
 
 NAMES = ["robin", "wren", "jay", "crow"]
 COUNT = 23
-FAST = ("--shard-size", 5, "--batch-size", 3, "--cpu-threads", 1)
+FAST = ("--shard-size", 5, "--batch-size", 3, "--workers", 0, "--cpu-threads", 1)
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(EXAMPLES))
+    yield importlib.import_module("predict")
+    sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture
+def predict(script, capsys):
+    """Runs it in this process: its exit status, 1 where images cannot be read, and what it printed."""
+
+    def call(*args, status=0):
+        try:
+            found = script.main([str(word) for word in (*args, *FAST)])
+        except SystemExit as exit_:
+            found = exit_.code
+        printed = capsys.readouterr()
+        text = printed.out + printed.err + (found if isinstance(found, str) else "")
+        assert (1 if isinstance(found, str) else found) == status, text
+        return text
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +135,8 @@ def test_boxes_surround_what_is_magnified():
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_formats_agree(model_folder, photographs, predictions, tmp_path, kind):
-    run(command("predict.py", model_folder, photographs, "--output", tmp_path, "--format", kind, *FAST), ok=False)
+def test_formats_agree(model_folder, photographs, predictions, predict, tmp_path, kind):
+    predict(model_folder, photographs, "--output", tmp_path, "--format", kind, status=1)
     rows = read(tmp_path, kind)
     assert len(rows) == COUNT
     for ours, expected in zip(rows, read(predictions)):
@@ -143,18 +172,19 @@ def test_a_killed_run_goes_on_without_loss_or_repetition(model_folder, photograp
     assert "choose another folder" in run([*words, "--split", "other"], ok=False)
 
 
-def test_parquet_and_hub_sources(model_folder, photographs, predictions, tmp_path):
+def test_parquet_and_hub_sources(model_folder, photographs, predictions, predict, tmp_path):
     paths = sorted(photographs.rglob("*.png"))
     stored = [dict(bytes=path.read_bytes(), path=None) for path in paths]
     features = datasets.Features(picture=datasets.Image(decode=False))
     rows = datasets.Dataset.from_dict(dict(picture=stored), features=features)
-    (tmp_path / "data").mkdir()
-    rows.to_parquet(tmp_path / "data" / "test.parquet")
+    for path in ("data/test.parquet", "data [1]/test.PARQUET"):
+        (tmp_path / path).parent.mkdir()
+        rows.to_parquet(tmp_path / path)
     expected = read(predictions)
-    for source in (tmp_path / "data" / "test.parquet", f"hub:{tmp_path / 'data'}"):
+    sources = (tmp_path / "data" / "test.parquet", tmp_path / "data [1]" / "test.PARQUET", f"hub:{tmp_path / 'data'}")
+    for source in sources:
         folder = tmp_path / f"out{len(str(source))}"
-        words = command("predict.py", model_folder, source, "--image-column", "picture", "--output", folder, *FAST)
-        run(words, ok=False)
+        predict(model_folder, source, "--image-column", "picture", "--output", folder, status=1)
         found = read(folder)
         assert [row["image"] for row in found] == [str(i) for i in range(COUNT)]
         assert [row["label"] for row in found] == [row["label"] for row in expected]
@@ -162,12 +192,11 @@ def test_parquet_and_hub_sources(model_folder, photographs, predictions, tmp_pat
         assert found[0]["box_discriminative"] == pytest.approx(expected[0]["box_discriminative"], abs=1e-3)
 
 
-def test_plain_models_have_no_peaks(photographs, tmp_path):
+def test_plain_models_have_no_peaks(photographs, predict, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=3)
     timm.models.save_for_hf(model, tmp_path / "plain", safe_serialization=True)
-    words = command("predict.py", tmp_path / "plain", photographs / "0", "--output", tmp_path / "out", *FAST)
-    run(words)
+    predict(tmp_path / "plain", photographs / "0", "--output", tmp_path / "out")
     assert all(row["peaks"] is None and row["box_complementary"] is None and row["label"] in "012"
                for row in read(tmp_path / "out"))
 
@@ -176,24 +205,240 @@ def test_plain_models_have_no_peaks(photographs, tmp_path):
     ("source", "more", "message"),
     [
         ("nowhere", [], "is neither a folder nor"),
-        ("EMPTY", [], "has no image: their names end in"),
-        ("PHOTOGRAPHS", ["--shard-size", 0], "--shard-size must be positive"),
+        ("EMPTY", [], "has no image"),
+        ("hub:./photgraphs", [], "photgraphs is not a folder"),
         ("PHOTOGRAPHS", ["--output", "EMPTY/used"], "is not empty"),
+        ("PHOTOGRAPHS", ["--output", "EMPTY/used/diary.txt"], "cannot be written"),
     ],
 )
-def test_bad_arguments_end_in_one_sentence(model_folder, photographs, tmp_path, source, more, message):
+def test_bad_arguments_end_in_one_sentence(model_folder, photographs, predict, tmp_path, source, more, message):
     (tmp_path / "used").mkdir()
     source = dict(EMPTY=tmp_path, PHOTOGRAPHS=photographs).get(source, source)
-    more = [str(word).replace("EMPTY", str(tmp_path)) for word in more]
-    if "used" in str(more):
+    if more:
         (tmp_path / "used" / "diary.txt").write_text("mine")
-    text = run(command("predict.py", model_folder, source, *more), ok=False)
+    more = [word.replace("EMPTY", str(tmp_path)) for word in more] or ["--output", tmp_path / "out"]
+    text = predict(model_folder, source, *more, status=1)
     assert message in text
-    assert "Traceback" not in text
-
-
-def test_bad_weights_end_in_one_sentence(photographs, tmp_path):
-    text = run(command("predict.py", tmp_path / "none", photographs, "--output", tmp_path / "out"), ok=False)
-    assert "cannot be loaded" in text
-    assert "Traceback" not in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--shard-size", "--batch-size", "--workers", "--cpu-threads", "--exit-entropy"])
+def test_numbers_out_of_range_are_refused(script, flag, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["weights", "source", flag, "-1"])
+    assert flag in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bad_weights_end_in_one_sentence(photographs, predict, tmp_path):
+    text = predict(tmp_path / "none", photographs, "--output", tmp_path / "out", status=1)
+    assert str(tmp_path / "none") in text
+    assert not (tmp_path / "out").exists()
+
+
+# workers
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_of_every_start_method(model_folder, photographs, predictions, script, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context",
+                        multiprocessing.get_context(method))
+    words = [model_folder, photographs, "--output", tmp_path, *FAST[:4], "--workers", 1, "--cpu-threads", 1]
+    assert script.main(list(map(str, words))) == 1
+    assert read(tmp_path) == read(predictions)
+
+
+def test_workers_keep_the_order(model_folder, photographs, predictions, script, tmp_path):
+    words = [model_folder, photographs, "--output", tmp_path, *FAST[:4], "--workers", 3, "--cpu-threads", 1]
+    assert script.main(list(map(str, words))) == 1
+    assert read(tmp_path) == read(predictions)
+
+
+def test_a_shard_that_cannot_be_written_ends_the_run(model_folder, photographs, predict, script, tmp_path, monkeypatch):
+    def fail(path, rows, format):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_shard", fail)
+        assert "No space left" in predict(model_folder, photographs, "--output", tmp_path / "out", status=1)
+    assert not list((tmp_path / "out").glob("shard-*"))
+    assert not (tmp_path / "out" / ".lock").exists()
+    predict(model_folder, photographs, "--output", tmp_path / "out", status=1)
+    assert len(read(tmp_path / "out")) == COUNT
+
+
+# files of every kind
+
+
+def test_no_single_file_ends_the_run(model_folder, predict, tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    image = drawn_birds("test", 1, 4, 100)["image"][0]
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, TiffImagePlugin.IFDRational(12345, 678)
+    image.save(folder / "odd.jpg", exif=exif)
+    content = (folder / "odd.jpg").read_bytes()
+    for order in "<>":  # a resolution of -1/0, of which ImageOps.exif_transpose dies when it writes it anew
+        content = content.replace(struct.pack(f"{order}II", 12345, 678), struct.pack(f"{order}iI", -1, 0))
+    assert content != (folder / "odd.jpg").read_bytes()
+    (folder / "odd.jpg").write_bytes(content)
+    (folder / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    Image.new("L", (1, 5000)).save(folder / "line.png")
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    (folder / "folder.png").mkdir()
+    (folder / ".hidden.png").write_bytes(b"")
+    os.mkfifo(folder / "pipe.png")
+    image.save(os.fsencode(folder) + b"/caf\xe9.png", format="png")
+    predict(model_folder, folder, "--output", tmp_path / "out", status=1)
+    rows = {os.path.basename(row["image"]): row["error"] for row in read(tmp_path / "out")}
+    assert {name for name, error in rows.items() if error} == {"eps.png", "line.png", "huge.png"}
+    assert {name for name, error in rows.items() if not error} == {"odd.jpg", "caf\\xe9.png"}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("deep"), KeyError("exif")])
+def test_whatever_a_reader_raises_is_a_row(script, error):
+    import support.sources as sources
+
+    class Stand:
+        mode = "RGB"
+
+        @staticmethod
+        def transform(image):
+            raise error
+
+    item = sources.Item(0, "a.png", Image.new("RGB", (9, 9)))
+    batch = sources.Reader(Stand).__getitems__([item])
+    assert batch.images is None
+    assert batch.errors == [str(error) or type(error).__name__]
+
+
+def test_spreadsheets_execute_no_cell(predict, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=2)
+    save(model, tmp_path / "weights", label_names=["=1+1", "@SUM(A1)"])
+    os.makedirs(tmp_path / "photographs")
+    Image.new("RGB", (50, 40)).save(tmp_path / "photographs" / "a.png")
+    (tmp_path / "photographs" / "b.png").write_bytes(b"")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        os.rename("photographs", "-photographs")
+        predict("weights", "./-photographs", "--output", "out", "--format", "csv", status=1)
+    (row, bad) = read(tmp_path / "out", "csv")
+    assert row["label"].startswith(("'=", "'@"))
+    assert not any(str(value).startswith(("=", "@", "+", "-")) for each in (row, bad) for value in each.values())
+
+
+# early exit
+
+
+def test_early_exit(model_folder, photographs, predict, tmp_path):
+    classifier = Classifier.from_pretrained(model_folder)
+    paths = sorted(photographs.glob("0/*.png"))
+    entropy = []
+    for path in paths:
+        logits = classifier.explain(path).logits.original
+        entropy.append(torch.special.entr(logits.softmax(1)).sum().item())
+    threshold = sum(sorted(entropy)[3:5]) / 2
+    text = predict(model_folder, photographs / "0", "--output", tmp_path / "out", "--exit-entropy", threshold)
+    assert "--exit-entropy" not in text
+    rows = read(tmp_path / "out")
+    assert [row["exited"] for row in rows] == [value < threshold for value in entropy]
+    expected = Classifier.from_pretrained(model_folder, exit_entropy=threshold)(paths)
+    assert [row["top5"] for row in rows] == [[each["label"] for each in answer] for answer in expected]
+    assert [row["probability"] for row in rows] == pytest.approx([answer[0]["score"] for answer in expected], abs=1e-5)
+    assert all(row["peaks"] is None for row in rows)
+    assert "exit_entropy" in predict(model_folder, photographs / "0", "--output", tmp_path / "out", status=1)
+
+
+# a changing world
+
+
+@pytest.fixture
+def growing(photographs, tmp_path):
+    folder = tmp_path / "growing"
+    folder.mkdir()
+    for path in sorted(photographs.glob("0/*.png"))[1:]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def add(folder, *names):
+    for number, name in enumerate(names):
+        drawn_birds("test", number + 1, 4, 80)["image"][number].save(folder / name)
+
+
+def names_of(folder):
+    return [os.path.basename(row["image"]) for row in read(folder)]
+
+
+def test_images_added_later_are_refused_or_appended(model_folder, growing, predict, tmp_path):
+    words = (model_folder, growing, "--output", tmp_path / "out")
+    predict(*words)
+    first = names_of(tmp_path / "out")
+    add(growing, "000.png", "zzz.png")  # the first would shift all others
+    text = predict(*words, status=1)
+    assert "2 new images" in text
+    assert "--append" in text
+    assert names_of(tmp_path / "out") == first
+    predict(*words, "--append")
+    assert names_of(tmp_path / "out") == [*first, "000.png", "zzz.png"]
+    predict(*words)
+    assert names_of(tmp_path / "out") == [*first, "000.png", "zzz.png"], "nothing is done twice"
+    add(growing, "111.png")
+    predict(*words, "--append")
+    assert names_of(tmp_path / "out") == [*first, "000.png", "zzz.png", "111.png"]
+    (growing / "111.png").unlink()
+    assert "lacks 1" in predict(*words, status=1)
+
+
+def test_images_added_between_kill_and_resume(model_folder, growing, predict, tmp_path):
+    words = (model_folder, growing, "--output", tmp_path / "out")
+    predict(*words)
+    first = names_of(tmp_path / "out")
+    (last,) = (tmp_path / "out").glob("shard-000001-*")
+    last.unlink()  # as a run that was killed leaves it
+    add(growing, "000.png")
+    predict(*words, status=1)
+    predict(*words, "--append")
+    assert names_of(tmp_path / "out") == [*first, "000.png"]
+
+
+def test_another_model_in_the_same_folder_is_refused(growing, predict, tmp_path):
+    words = (tmp_path / "weights", growing, "--output", tmp_path / "out")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=4)
+    save(model, tmp_path / "weights", label_names=NAMES)
+    predict(*words)
+    before = read(tmp_path / "out")
+    save(model, tmp_path / "weights", label_names=NAMES[::-1])
+    assert "changed since" in predict(*words, status=1)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    save(model, tmp_path / "weights", label_names=NAMES)
+    assert "changed since" in predict(*words, "--append", status=1)
+    assert read(tmp_path / "out") == before
+
+
+def test_rows_that_changed_are_refused(model_folder, photographs, predict, tmp_path):
+    def write(count):
+        stored = [dict(bytes=path.read_bytes(), path=None) for path in sorted(photographs.glob("0/*.png"))[:count]]
+        features = datasets.Features(image=datasets.Image(decode=False))
+        datasets.Dataset.from_dict(dict(image=stored), features=features).to_parquet(tmp_path / "rows.parquet")
+        os.utime(tmp_path / "rows.parquet", (count, count))
+
+    words = (model_folder, tmp_path / "rows.parquet", "--output", tmp_path / "out")
+    write(4)
+    predict(*words)
+    predict(*words)
+    write(6)
+    assert "changed since" in predict(*words, "--append", status=1)
+
+
+def test_a_damaged_manifest_is_refused(model_folder, growing, predict, tmp_path):
+    words = (model_folder, growing, "--output", tmp_path / "out")
+    predict(*words)
+    for text in ("{", "[]", json.dumps(dict(command=None)), "null"):
+        (tmp_path / "out" / "predictions.json").write_text(text)
+        assert "is damaged" in predict(*words, status=1)
+
+
+def test_two_runs_at_once(model_folder, growing, predict, script, tmp_path):
+    with script.claimed(tmp_path / "out"):
+        assert "is being written by" in predict(model_folder, growing, "--output", tmp_path / "out", status=1)
