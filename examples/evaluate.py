@@ -91,6 +91,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                             help="report early exit: images of less entropy are classified by the original branch")
     early_exit.add_argument("--exit-loss", type=float, metavar="POINTS",
                             help="find the threshold of early exit that loses at most so many points of accuracy here")
+    model.add_argument("--keep-exit", action="store_true",
+                       help="write that threshold to WEIGHTS/config.json, for Classifier and predict.py")
 
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, help="folder for the files; beside the weights if left out")
@@ -108,6 +110,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--val-fraction is a part of --split train, not of {args.split}.")
     if not 0 <= args.val_fraction < 1:
         parser.error(f"--val-fraction must lie in [0, 1), got {args.val_fraction}.")
+    if args.keep_exit and (args.exit_entropy is None and args.exit_loss is None):
+        parser.error("--keep-exit needs a threshold: give --exit-loss or --exit-entropy.")
+    if args.keep_exit and not Path(args.weights).is_dir():
+        parser.error(f"--keep-exit writes to a folder, and WEIGHTS {args.weights} is none.")
     if args.output is None:
         kind = "-".join(["evaluation", *args.dataset.replace(":", "/").split("/"), args.split])
         args.output = Path(args.weights) / kind if Path(args.weights).is_dir() else Path("output/evaluation")
@@ -275,6 +281,13 @@ def choose_exit(records: dict[str, Tensor], args: argparse.Namespace) -> float |
     return choose_exit_entropy(records["entropy"], original, answer, args.exit_loss / 100)[0]
 
 
+def keep_exit(folder: Path, exit_entropy: float | None) -> None:
+    """Write the threshold of early exit to a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["model_args"]["exit_entropy"] = exit_entropy
+    replace_text(folder / "config.json", json.dumps(config, indent=2))
+
+
 # files
 
 
@@ -381,7 +394,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if records["index"].tolist() != list(range(len(dataset))):
         raise RuntimeError("Accelerate gave images twice, not at all or out of order: this is a bug.")
     with exiting_on(ValueError, OSError):
-        measures = summarize(records, part_names(dataset), args.seed, choose_exit(records, args))
+        exit_entropy = choose_exit(records, args)
+        measures = summarize(records, part_names(dataset), args.seed, exit_entropy)
         run = dict(
             seconds=seconds,
             images_per_second=len(dataset) / seconds,
@@ -400,6 +414,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             measures=measures,
             run=run,
         )
+        if args.keep_exit:
+            keep_exit(Path(args.weights), exit_entropy)
         write_files(args.output, results, records, names)
         report(results, records, names, Console())
         draw_picture(args.output, records, names)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from timm.data import create_transform
 from timm.models import save_for_hf
 from torch import tensor
 
+import s3n_timm
 from s3n_timm import S3N, S3NLogits, SelectiveSample, evaluation, save
 from s3n_timm.data import PARTS, cub, draw_bird, drawn_birds
 from s3n_timm.early_exit import answer_batch
@@ -713,6 +715,15 @@ def test_a_threshold_is_found_on_images_that_training_held_out(weights, run, mon
     assert again["exit_entropy"] == 1.25
 
 
+def test_a_kept_threshold_is_that_of_the_classifier(weights, run, tmp_path):
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    data = write_folder(tmp_path / "data", count=4, classes=CLASSES)
+    found = run(folder, "--dataset", "folder", "--data-dir", data, "--ignore-names", "--exit-loss", 10, "--keep-exit")
+    kept = s3n_timm.Classifier.from_pretrained(folder).exit_entropy
+    assert kept == found["measures"]["early_exit"]["exit_entropy"] > 0
+    assert s3n_timm.Classifier.from_pretrained(weights).exit_entropy == 0
+
+
 def test_the_model_reads_batches_of_one_size_and_each_image_once(weights, run, monkeypatch):
     sizes, original = [], evaluate.measure_batch
 
@@ -778,6 +789,8 @@ def test_missing_weights_end_a_process_in_one_sentence(tmp_path):
         (["--val-fraction", "0.2"], "--val-fraction is a part of --split train"),
         (["--split", "train", "--val-fraction", "1"], "--val-fraction must lie in [0, 1)"),
         (["--exit-entropy", "1", "--exit-loss", "1"], "not allowed with argument"),
+        (["--keep-exit"], "--keep-exit needs a threshold"),
+        (["--keep-exit", "--exit-loss", "1"], "WEIGHTS weights is none"),
         (["--image-column", "photo"], "--image-column is for parquet and hub:NAME alone"),
         (["--split", "val"], "split must be 'train' or 'test'"),
         (["--dataset", "nonsense"], "name must be 'birds'"),
