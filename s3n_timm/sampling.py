@@ -228,11 +228,11 @@ def sample_response(
         if attention == "sparse":
             peaks = find_peaks(response, window, peak_floor)
             weights = dict(zip(BRANCHES, partition_peaks(response, peaks, mode, generator)))
+            if complement != "peaks":
+                weights["complementary"] = partition_peaks(response, peaks, "extreme")[0]
         else:
             peaks = torch.zeros_like(response, dtype=torch.bool)
             weights = {}
-            if complement != "peaks":
-                weights["complementary"] = partition_peaks(response, peaks, "extreme")[0]
         betas = {"discriminative": beta_discriminative, "complementary": beta_complementary}
         for branch in branches:
             source, of_branch = image, weights.get(branch)

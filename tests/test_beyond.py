@@ -1,15 +1,19 @@
-"""Options that the paper does not have: zooming from a larger source, batch norm per branch, other answers."""
+"""What the paper does not have: zooming from a larger source, other answers, other complementary images."""
+
+import warnings
 
 import pytest
 import timm
 import torch
+from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 
 import s3n_timm
-from s3n_timm import S3N, resample, warp_grid
-from s3n_timm.evaluation import measure_batch
+from s3n_timm import S3N, resample, sampling_map, selective_sample, warp_grid
+from s3n_timm.evaluation import magnification, measure_batch
 from s3n_timm.multiscale import grid_steps, identity_grid, scan, zoom
 from s3n_timm.outputs import mean_answer
+from s3n_timm.sampling import gaussian_kernel
 
 CLASSES = 7
 
@@ -145,6 +149,128 @@ def test_a_branch_answers(branch):
     assert torch.equal(answer, outputs.pop(branch))
     assert not any(torch.equal(answer, other) for other in outputs.values())
     assert torch.equal(records["prediction_answer"], answer.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("branches", "answer", "read"),
+    [("O+D+C", "original", 3), ("O+D+C", "discriminative", 6), ("O+D+C", "complementary", 6), ("O+D+C", "joint", 9),
+     ("O+D+C", "mean", 9), ("O+D", "original", 3), ("D+C", "discriminative", 6)],
+)
+def test_a_branch_is_read_only_if_the_answer_needs_it(branches, answer, read):
+    model, x = build(branches=branches, answer=answer).eval(), images()
+    sizes = []
+    model.backbone.forward_features = lambda x, forward=model.backbone.forward_features: (
+        sizes.append(len(x)) or forward(x))
+    with torch.no_grad():
+        logits = model(x)
+        assert sum(sizes) == read
+        model.set_branch_logits(True)
+        torch.testing.assert_close(logits, model.decide(model(x)))
+
+
+def test_one_pass_is_one_graph_compiled_and_exported():
+    model, x = build(answer="original").eval(), images()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        torch.testing.assert_close(program.module()(x[:2]), expected[:2])
+
+
+# what the complementary image shows, and the border
+
+
+def test_shrink_gives_the_strongest_peak_the_least_room():
+    x = images()
+    seen = build(complement="shrink").eval().explain(x).sample
+    assert seen.peaks.any((1, 2)).all()
+    strongest = seen.complementary.weights
+    assert torch.equal(strongest.sum((1, 2)), torch.ones(len(x)))
+    q = seen.complementary.sampling_map
+    torch.testing.assert_close(q[strongest > 0], torch.full((len(x),), 0.09))
+    assert (q.amin((1, 2)) == q[strongest > 0]).all()
+    shown = magnification(seen.complementary.grid, peak_places(strongest, x.shape[-2:]))
+    assert (shown < 1).all()
+
+
+def test_erase_blanks_the_strongest_peak_alone():
+    x = images() + 1
+    seen = build(complement="erase").eval().explain(x).sample
+    blank = (seen.complementary.image.abs() < 1e-3).all(1)
+    places = peak_places(seen.complementary.weights, x.shape[-2:])[:, 0].round().long()
+    assert blank[torch.arange(len(x)), places[:, 1], places[:, 0]].all()
+    share = blank.float().mean((1, 2))
+    assert ((share > 0.02) & (share < 0.2)).all()
+    kept = ~torch.nn.functional.max_pool2d(blank.float(), 5, 1, 2).bool()[:, None].expand_as(x)
+    torch.testing.assert_close(seen.complementary.image[kept], x[kept], rtol=0, atol=1e-4)
+
+
+def test_nothing_is_dropped_where_there_is_no_peak():
+    x = torch.zeros(1, 3, 96, 80)
+    for complement in ("shrink", "erase"):
+        sample = selective_sample(x + 1, torch.zeros(1, 4, 3, 3), None, mode="expected", beta_discriminative=3.9,
+                                  beta_complementary=13.2, complement=complement)
+        torch.testing.assert_close(sample.complementary.image, x + 1, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_reflected_border_crops_nothing(dense):
+    response = torch.zeros(1, 31, 31)
+    response[0, 9, 15] = 1.0
+    q = sampling_map(response, response, beta=3.9)
+    kernel = gaussian_kernel((31, 31), 13) if dense else None
+    copied, mirrored = (warp_grid(q, (64, 64), kernel=kernel, border=border) for border in ("replicate", "reflect"))
+    assert (mirrored[0, 0, :, 1] + 1).abs().max() < 1e-5
+    assert copied[0, 0, :, 1].max() > -0.95
+    step = (mirrored[0, 1:, 32, 1] - mirrored[0, :-1, 32, 1]) * 63 / 2
+    assert step.min() < 0.8
+
+
+def peak_places(weights, size):
+    """B×1×2 pixels (x, y) of the one peak of each image."""
+    row, column = (weights > 0).nonzero()[:, 1:].unbind(1)
+    scale = torch.tensor([size[1] - 1, size[0] - 1]) / torch.tensor([weights.shape[2] - 1, weights.shape[1] - 1])
+    return (torch.stack([column, row], 1) * scale)[:, None]
+
+
+# other places to be built in
+
+
+def test_models_are_built_in_other_precisions_and_on_no_device():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = S3N("test_resnet", CLASSES).eval()
+        with torch.no_grad():
+            assert model(images().bfloat16()).isfinite().all()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with init_empty_weights():
+        empty = S3N("test_resnet", CLASSES)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert empty.head == build().head
+
+
+def test_classifiers_that_are_more_than_a_weight_keep_their_maps():
+    """An adapter, an offloaded layer and a quantized one: the maps' means are the logits that the layer gives."""
+
+    class Adapter(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x @ torch.ones(x.shape[-1], self.out_features) / 10
+
+    x = images()
+    for change in ("adapter", "offloaded", "quantized"):
+        model = build().eval()
+        if change == "adapter":
+            model.backbone.get_classifier().__class__ = Adapter
+        elif change == "offloaded":
+            cpu_offload(model.backbone.get_classifier(), execution_device="cpu")
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.backbone = torch.ao.quantization.quantize_dynamic(model.backbone, {torch.nn.Linear})
+        seen = model.explain(x)
+        torch.testing.assert_close(seen.maps["original"].mean((2, 3)), seen.logits.original, rtol=0.05, atol=0.05)
 
 
 # all of them
