@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import s3n_timm
+from s3n_timm.checkpoints import known_label_names
 from s3n_timm.config import ANSWERS
 from s3n_timm.data import load, part_names, read_stored, store_images
 from s3n_timm.early_exit import choose_exit_entropy
@@ -196,10 +197,8 @@ def match_classes(dataset: datasets.Dataset, model: nn.Module, args: argparse.Na
             f"--dataset {args.dataset} has {len(names)} classes and WEIGHTS {args.weights} has {model.num_classes}: "
             "evaluate it on the data set that it was trained for."
         )
-    known = model.pretrained_cfg.get("label_names") or names
-    if isinstance(known, Mapping):  # by index, which JSON makes a string; some may be missing
-        known = [known.get(index, known.get(str(index), name)) for index, name in enumerate(names)]
-    known = list(map(str, known)) if len(known) == len(names) else names
+    stated = known_label_names(model)
+    known = [stated.get(index, name) for index, name in enumerate(names)]
     if args.ignore_names or known == names:
         return names, list(range(len(names)))
     if sorted(known) == sorted(set(names)):

@@ -56,11 +56,12 @@ OPTIONS = [
 def test_logits_are_those_of_the_branch(options, tmp_path):
     model = create(**options)
     x = pixels(160 if "scan_size" in options else SIDE)
-    read = x if model.scan_size is None else scan(x, model.scan_size)
+    size = model.config.scan_size
+    read = x if size is None else scan(x, size)
     backbone = extract_backbone(model)
-    plain = timm.create_model(model.config["backbone"], num_classes=3)
+    plain = timm.create_model(model.config.backbone, num_classes=3)
     assert type(backbone) is type(plain)
-    assert backbone.pretrained_cfg["architecture"] == model.config["backbone"]
+    assert backbone.pretrained_cfg["architecture"] == model.config.backbone
     folder = s3n_timm.save(backbone, tmp_path)
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():

@@ -73,7 +73,7 @@ def refusal(load, *args):
         if name in stored and stored[name].shape == value.shape:
             assert torch.equal(value, stored[name].to(value.dtype)), f"{name} is not what the file says"
         else:  # classifiers of another number of classes
-            assert name.startswith(("backbone.fc.", "fusion.", "classifier_")), f"{name} was made up"
+            assert name.startswith(("backbone.fc.", "fusion.", "classifier.")), f"{name} was made up"
     return None
 
 
@@ -235,7 +235,7 @@ def test_mutated_weights(source, folder, mutate):
 
 def test_poison_is_named(source, folder):
     tensors = load_file(source / "model.safetensors")
-    for name in ("backbone.conv1.0.weight", "beta_complementary", "fusion.bias", "kernel"):
+    for name in ("backbone.conv1.0.weight", "beta.complementary", "fusion.bias", "kernel"):
         value = tensors[name].clone()
         value.view(-1)[0] = math.nan
         save_file(tensors | {name: value}, folder / "model.safetensors")
@@ -438,7 +438,7 @@ def test_config_that_is_none(folder, text):
         ("model_args.grid_size", -1, "grid_size must"),
         ("model_args.grid_size", 10**9, "grid_size must"),
         ("model_args.grid_size", [9, True], "grid_size must"),
-        ("model_args.window", 10**9 + 1, "window must be a positive odd number of cells, at most 255"),
+        ("model_args.window", 10**9 + 1, "window must be an odd whole number from 1 to 255"),
         ("model_args.window", "3", "window must"),
         ("model_args.fwhm", math.inf, "fwhm must be a number from 1e-06 to 1e"),
         ("model_args.fwhm", 1e-200, "fwhm must"),

@@ -71,7 +71,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         logits=logits.tolist(),
         weights=digest.hexdigest(),
         labels=model.pretrained_cfg.get("label_names"),
-        config=model.config,
+        config=model.config.to_dict(),
         crop_pct=model.pretrained_cfg["crop_pct"],
     )
 
@@ -249,7 +249,7 @@ def test_config_holds_every_argument(hub, birds):
     config = json.loads(hub.files("alice/birds")["config.json"])
     assert config["architecture"] == "s3n"
     assert config["num_classes"] == 3
-    assert config["model_args"] == build().config | dict(in_chans=3, global_pool="avg")
+    assert config["model_args"] == build().config.to_dict() | dict(in_chans=3, global_pool="avg")
     assert config["label_names"] == LABELS
 
 

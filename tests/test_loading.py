@@ -255,9 +255,8 @@ def test_label_names_of_other_classifiers(folder):
 
 
 def test_names_of_save_are_a_list(tmp_path):
-    for names in ("abcde", dict(enumerate(NAMES))):
-        with pytest.raises(ValueError, match="list of 5 names"):
-            s3n_timm.save(create(), tmp_path / "m", label_names=names)
+    with pytest.raises(ValueError, match="list of 5 names"):
+        s3n_timm.save(create(), tmp_path / "m", label_names=dict(enumerate(NAMES)))
     assert not (tmp_path / "m").exists()
 
 

@@ -15,7 +15,7 @@ import s3n_timm
 from s3n_timm import S3N, VARIANTS
 
 WEIGHTS = GOLDEN.parent / "weights" / "tf_efficientnet_lite0.safetensors"
-ADDED = ("beta_discriminative", "beta_complementary", "classifier_discriminative", "classifier_complementary", "fusion")
+ADDED = ("beta.discriminative", "beta.complementary", "classifier.discriminative", "classifier.complementary", "fusion")
 
 # for every argument of the architecture a value that the preset and the defaults don't have
 ARGUMENTS = dict(
@@ -41,6 +41,9 @@ ARGUMENTS = dict(
     backbone_args=dict(output_stride=16),
     scan_size=[64, 96],
     zoom_size=[96, 64],
+    complement="erase",
+    border="reflect",
+    exit_entropy=0.3,
     answer="mean",
 )
 
@@ -125,7 +128,7 @@ def test_backbone_weights_into_any_architecture(resnet, kwargs):
     fresh = build("resnet18", num_classes=1000, **kwargs)
     # β starts as it does without weights
     for name, parameter in fresh.named_parameters():
-        if name.startswith("beta_"):
+        if name.startswith("beta."):
             assert torch.equal(parameter, model.get_parameter(name))
 
 
@@ -208,7 +211,7 @@ def test_unexpected_key_is_an_error(tmp_path, resnet, whole, num_classes):
 @pytest.mark.parametrize("num_classes", [1000, 7])
 @pytest.mark.parametrize(
     ("whole", "key"),
-    [(False, "layer2.0.conv1.weight"), (True, "backbone.layer2.0.conv1.weight"), (True, "beta_complementary")],
+    [(False, "layer2.0.conv1.weight"), (True, "backbone.layer2.0.conv1.weight"), (True, "beta.complementary")],
 )
 def test_missing_key_is_an_error(tmp_path, resnet, whole, key, num_classes):
     state = timm.create_model("s3n_resnet18").state_dict() if whole else resnet[0].state_dict()
@@ -227,7 +230,7 @@ def test_weights_of_another_backbone_are_an_error(resnet, num_classes):
 def test_weights_of_another_architecture_are_an_error(tmp_path, saved, loaded):
     state = timm.create_model("s3n_resnet18", neck=saved, branches="O+D").state_dict()
     path = save_changed(tmp_path / "w.safetensors", state)
-    with pytest.raises(RuntimeError, match=r"neck_discriminative\.0\.weight.*create the variant"):
+    with pytest.raises(RuntimeError, match=r"neck\.discriminative\.0\.weight.*create the variant"):
         load("s3n_resnet18", path, neck=loaded, branches="O+D")
 
 
@@ -271,7 +274,7 @@ def test_whole_model(saved):
 def test_whole_model_with_other_classes(saved):
     model, folder = saved
     again = reload(folder, num_classes=9)
-    classifiers = ("backbone.fc.", "fusion.", "classifier_")
+    classifiers = ("backbone.fc.", "fusion.", "classifier.")
     assert_same(again.state_dict(), model.state_dict(), prefix="", skip=classifiers)
     assert again.beta["discriminative"].item() == 5
     assert logits(again).shape == (2, 9)
@@ -301,7 +304,7 @@ def test_whole_model_from_a_file(saved):
     model, folder = saved
     again = load("s3n_resnet18", folder / "model.safetensors", preset="original", num_classes=5)
     # timm compares with the cfg's 1000 classes and leaves the classifiers of other numbers out
-    assert_same(again.state_dict(), model.state_dict(), prefix="", skip=("backbone.fc.", "fusion.", "classifier_"))
+    assert_same(again.state_dict(), model.state_dict(), prefix="", skip=("backbone.fc.", "fusion.", "classifier."))
 
 
 def test_saved_model_of_one_channel(tmp_path):
@@ -322,7 +325,7 @@ def test_saved_registered_name(tmp_path, name):
 
 
 def test_every_argument_comes_back(tmp_path):
-    preset = build("resnet18", preset=ARGUMENTS["preset"]).config
+    preset = build("resnet18", preset=ARGUMENTS["preset"]).config.to_dict()
     assert ARGUMENTS.keys() == preset.keys() - {"backbone"}, "give the new argument a value in ARGUMENTS"
     model = build("resnet18", **ARGUMENTS)
     for key, value in ARGUMENTS.items():
@@ -368,8 +371,8 @@ def test_input_size_comes_back(tmp_path, img_size):
 def test_arguments_can_be_changed_on_loading(saved):
     model, folder = saved
     again = reload(folder, partition_eval="all", fwhm=9, drop_rate=0.5)
-    assert again.partition_eval == "all"
-    assert again.sample_options["fwhm"] == 9
+    assert again.config.partition_eval == "all"
+    assert again.config.fwhm == 9
     assert_same(again.state_dict(), model.state_dict(), prefix="")
 
 

@@ -102,7 +102,7 @@ def save(
         raise ValueError("This model's backbone is not one of timm's by name, so config.json could not rebuild it.")
     if label_names is None and known_label_names(model):
         label_names = names_of(model)
-    if isinstance(label_names, (str, Mapping)):
+    if isinstance(label_names, Mapping):
         raise ValueError(f"label_names must be a list of {model.num_classes} names, one for each class in order.")
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f"label_names has {len(label_names)} names for {model.num_classes} classes.")
