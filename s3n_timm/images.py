@@ -315,6 +315,7 @@ def _convert(image: Image.Image, mode: str, name: str = "the PIL image") -> Imag
     turn = _TURNS.get(_orientation(image))
     if turn is not None:
         image = image.transpose(turn)
+        image.info.pop("exif", None)  # or reading the result again would turn it again
     transparent = image.info.get("transparency")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)

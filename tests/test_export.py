@@ -3,15 +3,14 @@
 import copy
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers import EXAMPLES, command, run
 from PIL import Image
-from scripts import EXAMPLES, command, run
 from timm.data import create_transform
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -378,8 +377,8 @@ def test_int8_accuracy_is_that_of_the_labelled_images(finished, saved):
 
 def test_int8_of_linear_layers(tmp_path):
     """dynamic: a model of convolutions and linear layers has the linear ones quantised alone."""
-    sys.path.insert(0, str(EXAMPLES))
-    quantization = pytest.importorskip("quantization")
+    from support import quantization
+
     model = build("test_convnext")
     images = birds(3)
     torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, input_names=["image"],
@@ -395,8 +394,7 @@ def test_int8_of_linear_layers(tmp_path):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_folding_shares_weights_of_both_passes(bias, tmp_path):
-    sys.path.insert(0, str(EXAMPLES))
-    quantization = pytest.importorskip("quantization")
+    from support import quantization
 
     class Twice(nn.Module):
         def __init__(self):
@@ -478,10 +476,10 @@ def test_random_partition_is_refused_or_replaced(tmp_path):
         (("test_resnet", "--images", str(EXAMPLES / "recipes")), "holds no image"),
     ],
 )
-def test_mistakes_end_in_a_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+def test_mistakes_end_in_a_sentence(arguments, sentence, tmp_path, capsys):
     """In this process: starting one for each would take most of the time."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    script = pytest.importorskip("export")
+    import export as script
+
     with pytest.raises(SystemExit) as exit_:
         script.main([*arguments, "--output", str(tmp_path / "out")])
     said = str(exit_.value.code) + capsys.readouterr().err
@@ -490,9 +488,9 @@ def test_mistakes_end_in_a_sentence(arguments, sentence, tmp_path, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
-def test_plain_folder_and_a_late_opset(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    script = pytest.importorskip("export")
+def test_plain_folder_and_a_late_opset(tmp_path, capsys):
+    import export as script
+
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=3, in_chans=1).eval()
     model.pretrained_cfg.update(input_size=(1, 64, 64), num_classes=3)
