@@ -474,7 +474,7 @@ def test_patience_counts_evaluated_epochs(tmp_path):
 def test_one_image_of_one_place_cannot_be_normalized(tmp_path):
     data = write_folder(tmp_path / "data")
     args = ("--dataset", "folder", "--data-dir", data, "--recipe", "birds", "--val-fraction", 0.25, "--img-size", 32,
-            "-b", 1, "--epochs", 1, "--plain", "--output", tmp_path / "run")
+            "-b", 1, "--epochs", 1, "--plain", "--model-kwargs", "{}", "--output", tmp_path / "run")
     text = train(*args, ok=False)
     assert "raise --batch-size" in text
     assert "Traceback" not in text
