@@ -24,6 +24,10 @@ from torch import Tensor, nn
 from .config import check_count
 from .response import class_response_maps, gate_response, grid_mean, project_response
 
+# FX tracing cannot follow their checks of shapes: it takes each as one node
+for _name in ("gate_response", "grid_mean", "project_response"):
+    torch.fx.wrap(_name)
+
 # timm's models share an interface but no class
 Backbone = Any
 
