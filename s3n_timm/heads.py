@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from .config import check_count
 from .response import class_response_maps, gate_response, grid_mean, project_response
 
-# FX tracing cannot follow their checks of shapes: it takes each as one node
 for _name in ("gate_response", "grid_mean", "project_response"):
-    torch.fx.wrap(_name)
+    torch.fx.wrap(_name)  # tracing cannot follow their checks of shapes: it takes each as one node
 
 # timm's models share an interface but no class
 Backbone = Any
@@ -419,13 +418,8 @@ def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 def explain_refusal(images: object, backbone: Backbone, channels: int, error: Exception) -> Exception | None:
     """Say why a backbone could not read images, where that was the images' fault; None where it was not.
 
-    Asked after the fact, so that reading costs nothing and no image is refused that a backbone can read.
-
-    Args:
-        images: what should have been B×C×H×W.
-        backbone: the model that failed.
-        channels: C that it was built for.
-        error: what it said.
+    Asked after the fact, so that reading costs nothing and no image is refused that a backbone can read: `images` should
+    have been B×C×H×W for a `backbone` of C `channels`, which failed with `error`.
     """
     if not isinstance(images, Tensor):
         return TypeError(f"images must be a tensor of B×{channels}×H×W, got {type(images).__name__}.")
