@@ -418,8 +418,8 @@ def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 def explain_refusal(images: object, backbone: Backbone, channels: int, error: Exception) -> Exception | None:
     """Say why a backbone could not read images, where that was the images' fault; None where it was not.
 
-    Asked after the fact, so that reading costs nothing and no image is refused that a backbone can read: `images` should
-    have been B×C×H×W for a `backbone` of C `channels`, which failed with `error`.
+    Asked after the fact, so that reading costs nothing and no image is refused that a backbone can read. `images`
+    should have been B×C×H×W for a `backbone` of C `channels`, which failed with `error`.
     """
     if not isinstance(images, Tensor):
         return TypeError(f"images must be a tensor of B×{channels}×H×W, got {type(images).__name__}.")
