@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import RmsNorm, RmsNorm2d
+from timm.layers import Linear, RmsNorm, RmsNorm2d
 from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
@@ -225,7 +225,7 @@ def is_plain(classifier: nn.Module) -> bool:
     Adapters (LoRA), quantized layers and hooks that load weights on demand are not: what they compute is known by
     calling them alone.
     """
-    kernel = classifier.kernel_size == (1, 1) if type(classifier) is nn.Conv2d else type(classifier) is nn.Linear
+    kernel = classifier.kernel_size == (1, 1) if type(classifier) is nn.Conv2d else type(classifier) in (nn.Linear, Linear)
     return kernel and not hasattr(classifier, "_hf_hook") and not classifier._forward_hooks
 
 
@@ -233,8 +233,9 @@ def classify_maps(classifier: nn.Module, hidden: Tensor) -> Tensor:
     """Apply a linear classifier, of whatever kind, at every position: B×D'×h×w to class response maps B×C×h×w."""
     if is_plain(classifier):
         return class_response_maps(hidden, cast(nn.Linear | nn.Conv2d, classifier))
+    batch, _, rows, columns = hidden.shape
     logits = classify(classifier, hidden.movedim(1, 3).flatten(0, 2))
-    return logits.unflatten(0, (hidden.shape[0], *hidden.shape[2:])).movedim(3, 1)
+    return logits.unflatten(0, (batch, rows, columns)).movedim(3, 1)
 
 
 def classify(classifier: nn.Module, hidden: Tensor) -> Tensor:
