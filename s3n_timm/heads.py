@@ -225,8 +225,9 @@ def is_plain(classifier: nn.Module) -> bool:
     Adapters (LoRA), quantized layers and hooks that load weights on demand are not: what they compute is known by
     calling them alone.
     """
-    kernel = classifier.kernel_size == (1, 1) if type(classifier) is nn.Conv2d else type(classifier) in (nn.Linear, Linear)
-    return kernel and not hasattr(classifier, "_hf_hook") and not classifier._forward_hooks
+    kind = type(classifier)
+    plain = kind in (nn.Linear, Linear) or (kind is nn.Conv2d and classifier.kernel_size == (1, 1))
+    return plain and not hasattr(classifier, "_hf_hook") and not classifier._forward_hooks
 
 
 def classify_maps(classifier: nn.Module, hidden: Tensor) -> Tensor:
