@@ -13,6 +13,9 @@ from experiments.runner import STOPPING, RunError, execute_all
 from helpers import ENVIRONMENT, command, run
 from PIL import Image
 from safetensors.torch import save_file
+from support.arguments import parse_args
+
+from s3n_timm.config import S3NConfig
 
 CLASSES, TRAINING, TEST = 4, 16, 8
 
@@ -108,6 +111,14 @@ def test_the_exported_backbone_is_evaluated_beside_the_network(tmp_path):
     for name, row in cub50.ROWS.items():
         if cub50.flag(row.train, "--epochs", "6") == "18":
             assert row.is_single_pass or cub50.ROWS[f"{name}-backbone"].is_single_pass
+
+
+def test_train_and_the_model_take_every_row(tmp_path):
+    (tmp_path / "backbone.safetensors").touch()
+    for name, row in cub50.ROWS.items():
+        args = parse_args(plan(name, tmp_path).train[2:])
+        if not row.is_plain:
+            S3NConfig(branches=args.branches, attention=args.attention, **args.model_kwargs)
 
 
 def test_every_size_has_the_baselines_of_as_much_training():
