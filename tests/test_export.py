@@ -456,7 +456,7 @@ def test_random_partition_is_refused_or_replaced(tmp_path):
     assert not (tmp_path / "out").exists()
     export(*arguments, "--formats", "onnx", "--partition-eval", "extreme")
     expected = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    expected.partition_eval = "extreme"
+    expected.configure(partition_eval="extreme")
     images = birds()
     with torch.no_grad():
         torch.testing.assert_close(start(tmp_path / "out" / "model.onnx")(images), expected(images), rtol=0, atol=1e-4)

@@ -123,12 +123,12 @@ def test_golden_logits(loaded, mode, kernel):
     if kernel == "learned":  # the dense form of the same k
         loaded.register_buffer("kernel", GAUSSIAN.clone())
     loaded.eval().set_branch_logits(True)
-    loaded.partition_eval = mode
+    loaded.configure(partition_eval=mode)
     try:
         with torch.no_grad():
             outputs = loaded(golden["input"])
     finally:
-        loaded.partition_eval = "extreme"
+        loaded.configure(partition_eval="extreme")
         loaded.train().set_branch_logits(None)
         if kernel == "learned":
             del loaded.kernel
