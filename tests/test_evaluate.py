@@ -790,7 +790,6 @@ def test_missing_weights_end_a_process_in_one_sentence(tmp_path):
         (["--split", "train", "--val-fraction", "1"], "--val-fraction must lie in [0, 1)"),
         (["--exit-entropy", "1", "--exit-loss", "1"], "not allowed with argument"),
         (["--keep-exit"], "--keep-exit needs a threshold"),
-        (["--keep-exit", "--exit-loss", "1"], "WEIGHTS weights is none"),
         (["--image-column", "photo"], "--image-column is for parquet and hub:NAME alone"),
         (["--split", "val"], "split must be 'train' or 'test'"),
         (["--dataset", "nonsense"], "name must be 'birds'"),
@@ -809,6 +808,12 @@ def test_bad_arguments_end_in_one_sentence(weights, run, tmp_path, capsys, args,
     assert message in f"{stop.value.code} {capsys.readouterr().err}"
 
 
+def test_a_threshold_is_kept_in_a_folder_alone(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["USER/NAME", "--keep-exit", "--exit-loss", "1"])
+    assert "--keep-exit writes to a folder" in capsys.readouterr().err
+
+
 def test_bad_weights_end_in_one_sentence(weights, plain, run, tmp_path):
     folder = tmp_path / "weights"
     folder.mkdir()
@@ -820,11 +825,11 @@ def test_bad_weights_end_in_one_sentence(weights, plain, run, tmp_path):
 
     assert "has no config.json" in stopped(folder)
     (folder / "config.json").write_text("{}")
-    assert "cannot be loaded as a timm model" in stopped(folder)
+    assert "cannot be loaded" in stopped(folder)
     (folder / "config.json").write_bytes((weights / "config.json").read_bytes())
-    assert "cannot be loaded as a timm model" in stopped(folder)
+    assert "cannot be loaded" in stopped(folder)
     (folder / "model.safetensors").write_bytes(b"junk")
-    assert "cannot be loaded as a timm model" in stopped(folder)
+    assert "cannot be loaded" in stopped(folder)
     assert "--partition-eval all needs a model with peaks" in stopped(plain, "--partition-eval", "all")
     assert "--answer mean needs an S3N" in stopped(plain, "--answer", "mean")
     assert "need an S3N with the O branch" in stopped(plain, "--exit-loss", 0.3)
