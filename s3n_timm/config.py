@@ -48,25 +48,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise a ValueError that names the argument unless `value` is one of `choices`."""
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> Any:
+    """Give `value` back, or raise a ValueError that names the argument where it is none of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {reprlib.repr(value)}.")
+    return value
 
 
-def check_number(name: str, value: Any, low: float, high: float) -> None:
-    """Raise a ValueError that names the argument unless `value` is a number from `low` to `high`."""
+def check_number(name: str, value: Any, low: float, high: float) -> Any:
+    """Give `value` back, or raise a ValueError that names the argument where it is no number from `low` to `high`."""
     fits = isinstance(value, Real) and not isinstance(value, bool)
     if not (fits and low <= value <= high):
         raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {reprlib.repr(value)}.")
+    return value
 
 
-def check_count(name: str, value: Any, low: int, high: int, odd: bool = False) -> None:
-    """Raise a ValueError that names the argument unless `value` is a whole number from `low` to `high`."""
+def check_count(name: str, value: Any, low: int, high: int, odd: bool = False) -> Any:
+    """Give `value` back, or raise a ValueError that names the argument where it is no whole number in that range."""
     fits = isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
     if not fits or (odd and value % 2 == 0):
         kind = "an odd" if odd else "a"
         raise ValueError(f"{name} must be {kind} whole number from {low} to {high}, got {reprlib.repr(value)}.")
+    return value
 
 
 def _read_pair(name: str, value: Any, most: int, form: str) -> tuple[int, int]:
@@ -85,27 +88,16 @@ def _option(default: Any, about: str, read: Callable[[str, Any], Any]) -> Any:
 
 
 def _choice(default: str | None, choices: Sequence[str], about: str) -> Any:
-    def read(name: str, value: Any) -> Any:
-        check_choice(name, value, choices)
-        return value
-
-    return _option(default, f"{about} One of {', '.join(f'`{each!r}`' for each in choices)}.", read)
+    about = f"{about} One of {', '.join(f'`{each!r}`' for each in choices)}."
+    return _option(default, about, lambda name, value: check_choice(name, value, choices))
 
 
 def _number(default: float | None, about: str, low: float = MIN_SCALE, high: float = MAX_SCALE) -> Any:
-    def read(name: str, value: Any) -> Any:
-        check_number(name, value, low, high)
-        return value
-
-    return _option(default, about, read)
+    return _option(default, about, lambda name, value: check_number(name, value, low, high))
 
 
 def _count(default: int | None, low: int, high: int, about: str, odd: bool = False) -> Any:
-    def read(name: str, value: Any) -> Any:
-        check_count(name, value, low, high, odd)
-        return value
-
-    return _option(default, about, read)
+    return _option(default, about, lambda name, value: check_count(name, value, low, high, odd))
 
 
 def _pair(default: int | None, most: int, form: str, about: str) -> Any:
@@ -126,9 +118,7 @@ def _read_backbone(name: str, value: Any) -> Any:
 
 
 def _read_entropy(name: str, value: Any) -> Any:
-    if value is not None:
-        check_number(name, value, 0, MAX_SCALE)
-    return value
+    return None if value is None else check_number(name, value, 0, MAX_SCALE)
 
 
 def _read_arguments(name: str, value: Any) -> dict[str, Any]:
@@ -226,4 +216,4 @@ S3NConfig.__doc__ = f"{S3NConfig.__doc__}" + "\n".join(
 
 # Options that decide which parameters a model has, or which shape; the others may change on a model that exists.
 STRUCTURE = ("backbone", "preset", "branches", "attention", "neck", "beta_discriminative", "beta_complementary",
-             "grid_size", "kernel", "partition_warmup_epochs", "backbone_args", "scan_size", "zoom_size")
+             "grid_size", "kernel", "complement", "partition_warmup_epochs", "backbone_args", "scan_size", "zoom_size")
