@@ -209,7 +209,7 @@ class Head:
         positions = features.permute(0, 2, 3, 1).reshape(-1, width, 1, 1)
         # the flags alone, not eval(): dropout and batch norm must neither act nor learn from single positions
         modules = [backbone, *(backbone.get_submodule(path) for path in self.modules)]
-        with _evaluating(modules):
+        with evaluating(modules):
             out = backbone.forward_head(self.from_map(positions), **kwargs)
         return out.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
 
@@ -270,7 +270,7 @@ def inspect_head(backbone: Backbone) -> Head:
             "a backbone with average pooling, or pass backbone_args=dict(global_pool='avg') where the backbone has it."
         )
     input_size = get_model_input_config(backbone)["input_size"]
-    with _evaluating(backbone.modules()), torch.no_grad():
+    with evaluating(backbone.modules()), torch.no_grad():
         features = _draw_features(backbone, input_size)
         layout, prefix, width = _find_layout(backbone, features, name)
         logits, calls = _run_head(backbone, features, width)
@@ -405,7 +405,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run modules in eval mode: dropout off, batch-norm statistics read and not updated."""
     states = [(module, module.training) for module in modules]
     for module, _ in states:

@@ -11,33 +11,12 @@ from pathlib import Path
 
 import psutil
 
+from s3n_timm.files import replacing_file, synchronize_to_disk
+
 LOCK = ".lock"
 
 
 # files
-
-
-def synchronize_to_disk(path: Path) -> None:
-    """Return once the content of a file, or the entries of a folder, would survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """A temporary file to write to, which takes the place of `path` once it is complete and on disk."""
-    # the name is this writer's own; the suffix stays, because some writers derive the format from it
-    partial = path.with_name(f".partial-{os.getpid()}-{secrets.token_hex(4)}.{path.name}")
-    try:
-        yield partial
-        synchronize_to_disk(partial)
-        partial.replace(path)
-        synchronize_to_disk(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -50,12 +50,11 @@ def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[st
     return dict(zip(names, means.tolist()))
 
 
-def export_backbone(run: Run, test: Any) -> dict[str, float] | None:
+def export_backbone(run: Run, best: nn.Module, test: Any) -> dict[str, float] | None:
     """Write the O branch of the best weights as a plain timm model; its accuracy as others will load it.
 
     None where the network has no O branch, or a signal stopped the evaluation.
     """
-    best = timm.create_model(f"local-dir:{run.args.output / 'best'}", pretrained=True)
     if not isinstance(best, S3N) or "O" not in best.config.branches:
         return None
     with replacing(run.args.output / "backbone", run.accelerator) as folder:
@@ -67,12 +66,11 @@ def export_backbone(run: Run, test: Any) -> dict[str, float] | None:
     return evaluate(run, plain.to(run.accelerator.device), loader, desc="test, backbone")
 
 
-def draw_picture(run: Run, image: Tensor) -> None:
+def draw_picture(run: Run, best: nn.Module, image: Tensor) -> None:
     """Draw what the best weights see in a 3×H×W test image, where they have peaks."""
-    model = timm.create_model(f"local-dir:{run.args.output / 'best'}", pretrained=True).eval()
-    if not isinstance(model, S3N) or model.config.attention != "sparse" or not model.warped:
+    if not isinstance(best, S3N) or best.config.attention != "sparse" or not best.warped:
         return
-    figure = draw_explanation(model, image.cpu(), run.data_config["mean"], run.data_config["std"], run.names)
+    figure = draw_explanation(best.eval(), image.cpu(), run.data_config["mean"], run.data_config["std"], run.names)
     path = run.args.output / "picture.png"
     with explaining_output(path), replacing_file(path) as partial:
         figure.savefig(partial)
@@ -92,7 +90,8 @@ def finish_training(run: Run, test: Any, test_loader: Any) -> bool:
             return True
         top1[kind] = result
     top1.setdefault("best", top1["last"])  # the same weights, where the last epoch is the best
-    backbone = export_backbone(run, test)
+    best = timm.create_model(f"local-dir:{output / 'best'}", pretrained=True)
+    backbone = export_backbone(run, best, test)
     image = next(iter(test_loader))["image"][0]
     if not accelerator.is_main_process:
         return False
@@ -108,7 +107,7 @@ def finish_training(run: Run, test: Any, test_loader: Any) -> bool:
         table.add_row("backbone/ alone", *(f"{backbone['joint']:.1f}" if kind == "best" else "" for kind in top1))
     table.add_row("chance", *[f"{100 / len(run.names):.1f}"] * len(top1))
     Console().print(table)
-    draw_picture(run, image)
+    draw_picture(run, best, image)
     print(f'Load it: import s3n_timm, timm; timm.create_model("local-dir:{output / "best"}", pretrained=True)')
     if backbone is not None:
         print(f'Its backbone, without s3n_timm: timm.create_model("local-dir:{output / "backbone"}", pretrained=True)')

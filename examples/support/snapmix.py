@@ -7,7 +7,7 @@ from timm.data.mixup import rand_bbox
 from torch import Tensor, nn
 
 from s3n_timm import S3N
-from s3n_timm.heads import inspect_head
+from s3n_timm.heads import evaluating, inspect_head
 from s3n_timm.response import resize_maps
 
 
@@ -56,15 +56,12 @@ class SnapMix:
     @torch.no_grad()
     def locate(self, images: Tensor, labels: Tensor) -> Tensor:
         """B×H×W shares of each pixel in the response map of its image's own class, which add up to 1."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        if isinstance(self.model, S3N):
-            backbone, features = self.model.backbone, self.model.forward_features(images)
-        else:
-            backbone, features = self.model, self.head.to_map(self.model.forward_features(images), images.shape[-2:])
-        maps = self.head.response_maps(backbone, features).float()
-        for module in training:
-            module.training = True
+        backbone = self.model.backbone if isinstance(self.model, S3N) else self.model
+        with evaluating(self.model.modules()):
+            features = self.model.forward_features(images)
+            if backbone is self.model:
+                features = self.head.to_map(features, images.shape[-2:])
+            maps = self.head.response_maps(backbone, features).float()
         own = resize_maps(maps[torch.arange(len(labels)), labels][:, None], images.shape[-2:])[:, 0]
         own = own - own.amin((1, 2), keepdim=True)
         total = own.sum((1, 2), keepdim=True)

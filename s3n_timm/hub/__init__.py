@@ -3,7 +3,7 @@
 from .card import CITATION, OF_THE_MACHINE, PAPER, count_macs, count_parameters, model_card
 from .download import CONFIG, WEIGHTS, download, one_sentence, verified_cfg
 from .push import push_to_hub
-from .saving import PICTURES, load_model, replacing_file, save
+from .saving import PICTURES, load_model, save
 
 __all__ = [
     "CITATION",
@@ -20,6 +20,5 @@ __all__ = [
     "push_to_hub",
     "PICTURES",
     "load_model",
-    "replacing_file",
     "save",
 ]

@@ -5,11 +5,8 @@
 
 import io
 import json
-import os
 import re
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ from ..checkpoints import (
 from ..checkpoints import (
     label_names as names_of,
 )
+from ..files import replacing_file
 from ..images import read_image
 from ..model import S3N
 from .card import model_card
@@ -47,22 +45,6 @@ MAX_CONFIG = 50_000_000  # bytes of a config.json: 65,536 names take some 3 MB
 
 
 # saving
-
-
-@contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """A file to write to, under a name that no other writer has, that takes the place of `path` once it is on disk."""
-    partial = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
-    partial.touch()
-    mode = partial.stat().st_mode  # as the user's umask has it: safetensors makes files that only their owner can read
-    try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.chmod(mode)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save(
