@@ -227,7 +227,7 @@ def measure_data(args: argparse.Namespace, device: torch.device) -> list[dict[st
         ours, _ = create_models(args, device, len(split.features["label"].names))
         config = resolve_data_config(dict(img_size=args.sizes[0]), model=ours)
         shared = {name: config[name] for name in ("input_size", "interpolation", "mean", "std")}
-        loader = TrainLoader(split, create_transform(**shared, is_training=True), train_args, accelerator)
+        loader = TrainLoader(split, create_transform(**shared, is_training=True), train_args, accelerator, "RGB")
         ours.train()
         waited, computed = [], []
         batches, rest = loader.read(0, 0), min(loader.updates_per_epoch, 1 + args.max_rounds)
@@ -287,7 +287,8 @@ def read_batches(model: nn.Module, test: Any, args: argparse.Namespace, device: 
     count = min(args.batches, len(test) // batch) * batch
     spread = test.select([i * len(test) // count for i in range(count)])
     loading = argparse.Namespace(batch_size=batch, workers=0)
-    loader = create_eval_loader(spread, create_transform(**config), loading, Accelerator(cpu=device.type == "cpu"))
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    loader = create_eval_loader(spread, create_transform(**config), loading, accelerator, "RGB")
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     return [each["image"].contiguous(memory_format=layout) for each in loader]
 

@@ -1,7 +1,7 @@
 """Try a model in the browser: `python examples/demo.py --weights output/s3n/best`.
 
-Drop a photograph on the page, and see what the model takes it for and where it looked. Without --weights it shows a
-model of the drawn birds, which the first start trains and leaves in output/demo. Uploads and pictures lie in a
+Drop a photograph on the page, and see what the model takes it for and where it looked. Without --weights it shows the
+model of drawn birds that comes with the package. Uploads and pictures lie in a
 temporary folder that is deleted at the end; nothing is sent anywhere. Only this computer is answered (--host), and only
 under its own names (--allow-host).
 """
@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -65,9 +64,7 @@ MAX_UPLOADS = 200 * 2**20  # bytes of all uploads and pictures together
 MAX_PIXELS = 50_000_000  # of a photograph: 150 MB when decoded
 AT_ONCE = 4  # requests that are computed at one time: a slow one does not stop the others
 MAX_WAITING = 64  # requests that wait
-EMBEDDED = Path("output/demo")  # the model without --weights
-TRAINING = ("--num-images", "2000", "--epochs", "8", "--checkpoint-hist", "1")
-CLASSES = 4  # of the drawn birds
+CLASSES = 8  # of the drawn birds, as the model that comes with the package knows them
 EXAMPLES = 6
 
 TITLE = "S3N: three looks at a photograph"
@@ -78,7 +75,8 @@ SENTENCE = (
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", metavar="FOLDER_OR_HUB", help="folder of s3n_timm.save, or hf-hub:USER/NAME")
+    parser.add_argument("--weights", default="s3n_test_resnet", metavar="FOLDER_OR_HUB",
+                        help="folder of s3n_timm.save, or hf-hub:USER/NAME (%(default)s, which knows drawn birds)")
     parser.add_argument("--host", default="127.0.0.1", help="address to answer on, 0.0.0.0 for all (%(default)s)")
     parser.add_argument("--allow-host", nargs="+", default=[], metavar="NAME",
                         help="further names under which browsers may ask, such as that of a reverse proxy")
@@ -87,19 +85,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 # the model
-
-
-def train_embedded(folder: Path) -> Path:
-    """The folder of a model of the drawn birds, trained if that has not been done before."""
-    if not (folder / "results.json").is_file():  # what train.py writes last
-        print(f"Training a small model on drawn birds, once: some three minutes on two CPU cores. It goes to {folder}.")
-        script = Path(__file__).with_name("train.py")
-        command = [sys.executable, script, *TRAINING, "--num-classes", str(CLASSES), "--output", folder, "--resume"]
-        with tempfile.TemporaryDirectory(prefix="s3n-demo-") as cache:
-            environment = os.environ | dict(HF_DATASETS_CACHE=cache)
-            if subprocess.run(command, env=environment).returncode:
-                raise ValueError("Training failed, for the reason above: mend it, or name a model with --weights.")
-    return folder / "best"
 
 
 def adjust(model: S3N, threshold: float, width: float, partition: str) -> S3N:
@@ -125,8 +110,10 @@ def explain(
         threshold: float,
         width: float,
         partition: str,
-) -> tuple[dict[str, float], Image.Image]:
-    """The probability of each class, and the picture of what the model saw.
+) -> tuple[dict[str, float], dict[str, float] | None, Image.Image]:
+    """The probability of each class, the same by the original branch alone, and the picture of what the model saw.
+
+    The original branch has read the photograph once, as a plain backbone does; None for a model that lacks it.
 
     Raises:
         ValueError: the file is not an image that the model can read.
@@ -138,8 +125,9 @@ def explain(
     seen = adjusted.explain(image)  # once: bars and picture agree, also where the partition is drawn at random
     file = io.BytesIO()
     adjusted.draw(image, seen).savefig(file, dpi=120)
-    chances = adjusted.model.decide(seen.logits)[0].float().softmax(0).tolist()
-    return dict(zip(adjusted.label_names, chances)), Image.open(file)
+    answers = [None if logits is None else dict(zip(adjusted.label_names, logits[0].float().softmax(0).tolist()))
+               for logits in (adjusted.model.decide(seen.logits), seen.logits.original)]
+    return answers[0], answers[1], Image.open(file)
 
 
 # what reaches the page
@@ -240,12 +228,13 @@ def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
     model = classifier.model
     sparse = bool(model.warped) and model.config.attention == "sparse"
     gated = bool(model.warped) and model.config.attention != "saliency"
+    compared = bool(model.warped) and "O" in model.config.branches
     own = model.config.threshold
     paths = draw_examples(folder)
 
-    def answer(photograph: str | None, threshold: float, width: float, partition: str) -> tuple[Any, Any]:
+    def answer(photograph: str | None, threshold: float, width: float, partition: str) -> tuple[Any, Any, Any]:
         if photograph is None:
-            return None, None
+            return None, None, None
         try:
             return explain(classifier, photograph, threshold, width, partition)
         except ValueError as error:
@@ -278,16 +267,22 @@ def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
                     list(PARTITION_MODES), value=model.partition, visible=sparse, label="Partition",
                     info="Which peaks go to which warp; probability and random draw anew each time.",
                 )
-            with gr.Column(scale=5, min_width=480):
-                chances = gr.Label(
-                    num_top_classes=5, label="Prediction", show_heading=False, elem_id="prediction")
+            with gr.Column(scale=5, min_width=320):
+                with gr.Row():
+                    chances, single = (
+                        gr.Label(num_top_classes=5, label=label, show_heading=False, elem_id=name, visible=visible,
+                                 min_width=240)
+                        for label, name, visible in (
+                            ("Prediction of all three looks" if compared else "Prediction", "prediction", True),
+                            ("Prediction of the first look alone", "single", compared),
+                        ))
                 picture = gr.Image(
                     label="What the model sees", format="png", buttons=["download", "fullscreen"], elem_id="picture")
-        inputs, outputs = [photograph, threshold, width, partition], [chances, picture]
+        inputs, outputs = [photograph, threshold, width, partition], [chances, single, picture]
         options = dict(fn=answer, inputs=inputs, outputs=outputs, trigger_mode="always_last", show_progress="minimal",
                        concurrency_limit=AT_ONCE, concurrency_id="explain")
         given = gr.on([page.load, photograph.input], api_name="explain", **options)
-        given.failure(lambda: (None, None, None), None, [photograph, *outputs], api_visibility="private")
+        given.failure(lambda: (None, None, None, None), None, [photograph, *outputs], api_visibility="private")
         examples.load_input_event.success(api_visibility="private", **options)
         gr.on([each.change for each in inputs[1:]], api_visibility="private", **options)
     return page.queue(max_size=MAX_WAITING)
@@ -298,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # unwinds, so that the temporary folder goes
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # the classifier refuses more before it decodes them
     with exiting_on(ValueError, OSError), tempfile.TemporaryDirectory(prefix="s3n-demo-") as folder:
-        classifier = Classifier.from_pretrained(args.weights or train_embedded(EMBEDDED))
+        classifier = Classifier(args.weights)
         if not isinstance(classifier.model, S3N):
             raise ValueError(f"{args.weights} is no S3N model, so it has no peaks and warps to show.")
         os.environ["GRADIO_TEMP_DIR"] = folder

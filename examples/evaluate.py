@@ -27,7 +27,7 @@ from support.files import replace_text, replacing_file
 from support.launching import exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import hold_out
 from support.progress import progress
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -52,7 +52,7 @@ from s3n_timm.evaluation import (
     summarize,
 )
 from s3n_timm.hub import count_parameters
-from s3n_timm.images import image_mode
+from s3n_timm.images import image_mode, input_config
 from s3n_timm.peaks import PARTITION_MODES
 
 
@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = load_model(args)
             set_options(model, args)
             overrides = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
-            data_config = resolve_data_config(overrides, model=model)
+            data_config = input_config(model, overrides)
             dataset = load_data(args, model, data_config)
         names, classes = match_classes(dataset, model, args)
         args.output.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ from support.results import evaluate, finish_training
 from support.run import Exchange, Run, unwrap
 from support.snapmix import SnapMix
 from support.sync_bn import synchronize
-from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data import Mixup, create_transform
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -51,7 +51,7 @@ from torch import Tensor, nn
 import s3n_timm
 from s3n_timm import S3N
 from s3n_timm.checkpoints import label_names
-from s3n_timm.images import image_mode
+from s3n_timm.images import image_mode, input_config
 
 # model
 
@@ -359,7 +359,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
             raise ValueError(f"--dataset {args.dataset} has one class, {names[0]!r}: there is nothing to tell apart.")
         model = create_model(args, len(names), accelerator)
         evaluation = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
-        data_config = resolve_data_config(evaluation, model=model)
+        data_config = input_config(model, evaluation)
         refuse_single_values(model, args, data_config["input_size"])
         held = dict(trajectory(args, accelerator.num_processes), classes=names, images=describe_images(splits))
         checkpoint, notes = find_checkpoint(args.output, args.resume, held)

@@ -1,18 +1,17 @@
 """Labels for images of any kind, with a model's own preprocessing."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
 
 from .checkpoints import label_names
 from .early_exit import answer_batch
 from .hub import load_model
-from .images import ImageLike, image_mode, read_image
+from .images import ImageLike, image_mode, input_config, read_image
 from .model import S3N
 from .outputs import Explanation
 
@@ -24,16 +23,17 @@ class Classifier:
     """A trained model that names what images show.
 
     Example:
-        >>> from PIL import Image
-        >>> from s3n_timm import S3N
-        >>> classifier = Classifier(S3N("test_resnet", num_classes=3))
-        >>> answers = classifier(Image.new("RGB", (120, 80)), top_k=2)
-        >>> len(answers), sorted(answers[0])
-        (2, ['label', 'score'])
+        >>> import numpy as np
+        >>> from s3n_timm.data.birds import draw_bird  # needs the extra "train"
+        >>> classifier = Classifier("s3n_test_resnet")  # comes with the package, and knows drawn birds
+        >>> bird = draw_bird(np.random.default_rng(0), label=5, num_classes=8)
+        >>> classifier(bird.image)[0]["label"] == classifier.label_names[5]
+        True
 
     Args:
-        model: an S3N, or any timm model with a classifier, of 1 or 3 input channels. It is put into eval mode. Images
-            are brought to its device and precision.
+        model: an S3N, or any timm model with a classifier, of 1 or 3 input channels, or what `s3n_timm.load_model`
+            takes: a folder, a name on the Hub or one of timm's. It is put into eval mode. Images are brought to its
+            device and precision.
         device: where it runs; where it is by default.
         batch_size: images that it reads at one time.
         exit_entropy: early exit: images whose O branch has less entropy than so many nats are answered by that branch
@@ -49,23 +49,26 @@ class Classifier:
         label_names: a name for each class; its number where the model knows none.
 
     Raises:
-        ValueError: the model has no classifier, or neither 1 nor 3 input channels; `batch_size` is not positive; or
-            `exit_entropy` is negative or no number, or asked of a model that is no S3N with the O branch.
+        ValueError: the model can't be loaded, has no classifier, or neither 1 nor 3 input channels; `batch_size` is
+            not positive; or `exit_entropy` is negative or no number, or asked of a model that is no S3N with the O
+            branch.
     """
 
     def __init__(
             self,
-            model: nn.Module,
+            model: nn.Module | str | Path,
             *,
             device: str | torch.device | None = None,
             batch_size: int = 16,
             exit_entropy: float | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            model = load_model(model)
         if not getattr(model, "num_classes", 0):
             raise ValueError("model has no classifier: give it num_classes, and weights that were trained for them.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.data_config = _data_config(model)
+        self.data_config = input_config(model)
         self.mode = image_mode(self.data_config["input_size"][0])
         self.exit_entropy = _exit_entropy(model, exit_entropy)
         self.model = model.eval() if device is None else model.eval().to(device)
@@ -82,12 +85,8 @@ class Classifier:
             batch_size: int = 16,
             exit_entropy: float | None = None,
     ) -> "Classifier":
-        """Load a model by its folder or name, as `s3n_timm.load_model` does.
-
-        Raises:
-            ValueError: there is no such model, or it cannot be loaded; the message says why.
-        """
-        return cls(load_model(name), device=device, batch_size=batch_size, exit_entropy=exit_entropy)
+        """The same with a folder or name alone, as libraries of Hugging Face call it."""
+        return cls(name, device=device, batch_size=batch_size, exit_entropy=exit_entropy)
 
     def __call__(self, images: Any, top_k: int = 5) -> list[Any]:
         """Name what images show.
@@ -189,29 +188,6 @@ class Classifier:
         assert isinstance(self.model, S3N)  # or it would have explained nothing
         mean, std = self.data_config["mean"], self.data_config["std"]
         return draw_explanation(self.model, self.prepare(image), mean, std, self.label_names, explanation)
-
-
-def _pretrained_cfg(model: nn.Module) -> Any:
-    return getattr(model, "pretrained_cfg", None) or {}
-
-
-def _data_config(model: nn.Module) -> dict[str, Any]:
-    """timm's, with the channels that the model reads: `in_chans` of `create_model` leaves those of the config alone."""
-    config = resolve_data_config({}, model=model)
-    stated, *size = config["input_size"]
-    channels = getattr(model, "in_chans", None)
-    if channels is None:
-        first = _pretrained_cfg(model).get("first_conv")
-        names = [first] if isinstance(first, str) else list(first or ())
-        modules = dict(model.named_modules())
-        known = (getattr(modules.get(name), "in_channels", None) for name in names)
-        channels = next(filter(None, known), stated)
-        if channels == 16 * stated:  # stems that bring 4×4 pixels into the channels
-            channels = stated
-    config["input_size"] = (channels, *size)
-    if channels == 1:  # the normalisation of colours, of their mean
-        config |= {name: (math.fsum(config[name]) / len(config[name]),) for name in ("mean", "std")}
-    return config
 
 
 def _exit_entropy(model: nn.Module, asked: float | None) -> float:

@@ -4,12 +4,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.data import resolve_data_config
 from timm.models import get_model_input_config
 from torch import nn
 
 from .checkpoints import known_label_names
 from .checkpoints import label_names as names_of
+from .images import input_config
 from .model import S3N
 
 
@@ -51,7 +51,7 @@ def extract_backbone(
         raise ValueError(f"label_names has {len(label_names)} names for {model.num_classes} classes.")
     backbone = copy.deepcopy(model.backbone)
     backbone.zero_grad(set_to_none=True)
-    config = resolve_data_config(dict(data_config or {}), model=model)
+    config = input_config(model, data_config)
     channels, *size = config["input_size"]
     own = getattr(backbone, "pretrained_cfg", None) or {}
     backbone.pretrained_cfg = dict(

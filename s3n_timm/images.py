@@ -6,6 +6,7 @@ same pixels of the same file everywhere.
 
 import io
 import logging
+import math
 import os
 import stat
 from collections import Counter
@@ -16,7 +17,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch import Tensor
+from timm.data import resolve_data_config
+from torch import Tensor, nn
 
 ImageLike: TypeAlias = "str | Path | bytes | Mapping[str, Any] | Image.Image | np.ndarray | Tensor"
 KINDS = "a path, a file's bytes, a PIL image, an H×W or H×W×3 array, or a 3×H×W tensor"
@@ -113,6 +115,32 @@ def image_size(file: str | Path | bytes, *, name: str | None = None, verify: boo
             and _orientation(image) >= 5
         )
         return (image.height, image.width) if turned else image.size
+
+
+def input_config(model: nn.Module, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The preprocessing of a model, as `timm.data.resolve_data_config` gives it, with the channels that it reads.
+
+    timm keeps the channels of the pretrained config where `create_model` was given others by `in_chans`.
+
+    Args:
+        model: any timm model.
+        given: what takes the place of the model's own, such as `dict(img_size=448, crop_mode="squash")`.
+    """
+    config = resolve_data_config(dict(given or {}), model=model)
+    stated, *size = config["input_size"]
+    channels = getattr(model, "in_chans", None)
+    if channels is None:
+        first = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv")
+        names = [first] if isinstance(first, str) else list(first or ())
+        modules = dict(model.named_modules())
+        known = (getattr(modules.get(name), "in_channels", None) for name in names)
+        channels = next(filter(None, known), stated)
+        if channels == 16 * stated:  # stems that bring 4×4 pixels into the channels
+            channels = stated
+    config["input_size"] = (channels, *size)
+    if channels == 1:  # the normalization of colors, of their mean
+        config |= {name: (math.fsum(config[name]) / len(config[name]),) for name in ("mean", "std")}
+    return config
 
 
 def image_mode(channels: int) -> str:

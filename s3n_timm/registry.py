@@ -1,21 +1,25 @@
 """S3N's names in timm's registry.
 
 Importing this module registers the generic `s3n`, which takes `backbone=...`, and one name for each row of `VARIANTS`.
-Their `pretrained=True` loads the backbone's ImageNet weights from its own timm repository on the Hub.
+Their `pretrained=True` loads the backbone's ImageNet weights from its own timm repository on the Hub. One of them,
+`s3n_test_resnet`, comes with the weights of a whole S3N, which knows the drawn birds.
 """
 
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from .checkpoints import (
     CLASSIFIERS,
+    WEIGHTS,
     as_names,
     build_on_meta,
     check_cfg,
@@ -46,7 +50,10 @@ VARIANTS = {
     "s3n_regnety_008": "regnety_008.pycls_in1k",
     "s3n_swin_tiny_patch4_window7_224": "swin_tiny_patch4_window7_224.ms_in1k",
     "s3n_convnext_tiny": "convnext_tiny.fb_in1k",
+    "s3n_test_resnet": "test_resnet.r160_in1k",
 }
+# a folder of `save` with the weights that come with the package; its config.json states the command that made it
+PACKAGED = Path(__file__).with_name("weights")
 
 
 def _backbone_cfg(backbone: str) -> PretrainedCfg:
@@ -64,8 +71,15 @@ def _backbone_cfg(backbone: str) -> PretrainedCfg:
     )
 
 
+def _packaged_cfg() -> PretrainedCfg:
+    cfg, *_ = load_model_config_from_path(PACKAGED)
+    known = {name: value for name, value in cfg.items() if name in PretrainedCfg.__dataclass_fields__}
+    return PretrainedCfg(**known | dict(source=None, file=str(PACKAGED / WEIGHTS), architecture=None, tag=None))
+
+
 default_cfgs = generate_default_cfgs({
     "s3n": _backbone_cfg("resnet50.tv_in1k"),
+    "s3n_test_resnet.birds": _packaged_cfg(),
     **{f"{name}.{backbone.split('.')[1]}": _backbone_cfg(backbone) for name, backbone in VARIANTS.items()},
 })
 
@@ -213,3 +227,13 @@ def s3n_swin_tiny_patch4_window7_224(pretrained: bool = False, **kwargs: Any) ->
 def s3n_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """S3N on convnext_tiny.fb_in1k."""
     return _create_s3n("s3n_convnext_tiny", pretrained, **kwargs)
+
+
+@register_model
+def s3n_test_resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """S3N on test_resnet, timm's smallest ResNet, whose response maps have a stride of 16 pixels here.
+
+    By default `pretrained=True` loads an S3N that was trained on drawn birds of 96 px. It comes with this package.
+    """
+    kwargs.setdefault("backbone_args", dict(output_stride=16))
+    return _create_s3n("s3n_test_resnet", pretrained, **kwargs)

@@ -63,7 +63,7 @@ def test_augmentation_depends_on_the_place_alone_and_leaves_the_generators_as_th
     def transform(_):
         return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()])
 
-    data = TrainingImages(images, transform, seed=3)
+    data = TrainingImages(images, transform, 3, "RGB")
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     first = data[1, 17]["image"]
     assert random.getstate() == before[0]
@@ -143,8 +143,8 @@ def test_all_loaders_read_16_bits_alike(numbered, accelerator, mode):
 
 
 def test_workers_live_on_between_epochs_and_change_nothing(numbered, accelerator):
-    alone = TrainLoader(numbered, first_pixel, loader_args(), accelerator)
-    workers = TrainLoader(numbered, first_pixel, loader_args(workers=2), accelerator)
+    alone = TrainLoader(numbered, first_pixel, loader_args(), accelerator, "RGB")
+    workers = TrainLoader(numbered, first_pixel, loader_args(workers=2), accelerator, "RGB")
     places = [(0, 0), (1, 2), (1, 0), (2, 3)]  # from the middle too, as a resumed epoch
     pids = set()
     for epoch, update in places:
@@ -170,13 +170,13 @@ def test_loaders_can_be_sent_to_workers_that_are_not_forked(numbered, accelerato
     squash = create_transform(32)
     args, inside = loader_args(workers=1), loader_args()
     stream = numbered.to_iterable_dataset()
-    train = [TrainLoader(numbered, augment, each, accelerator) for each in (args, inside)]
-    streamed = [TrainLoader(stream, augment, loader_args(streaming=True, num_images=4, workers=1), accelerator)]
+    train = [TrainLoader(numbered, augment, each, accelerator, "RGB") for each in (args, inside)]
+    streamed = [TrainLoader(stream, augment, loader_args(streaming=True, num_images=4, workers=1), accelerator, "RGB")]
     ours, theirs = ([take(batch) for batch in each.read(1, 0)] for each in train)
     assert ours == theirs
     assert len(list(streamed[0].read(0, 0))) == 2
     for split in (numbered, stream):
-        ours, theirs = ([take(batch) for batch in create_eval_loader(split, squash, each, accelerator)]
+        ours, theirs = ([take(batch) for batch in create_eval_loader(split, squash, each, accelerator, "RGB")]
                         for each in (args, inside))
         assert ours == theirs
 
@@ -199,9 +199,9 @@ def test_memory_is_pinned_for_a_gpu(numbered, split, monkeypatch):
     process = SimpleNamespace(
         num_processes=1, process_index=0, device=torch.device("cuda"), prepare=lambda loader: loader)
     if split == "train":
-        TrainLoader(numbered, first_pixel, loader_args(), process)
+        TrainLoader(numbered, first_pixel, loader_args(), process, "RGB")
     else:
-        create_eval_loader(numbered, first_pixel, loader_args(), process)
+        create_eval_loader(numbered, first_pixel, loader_args(), process, "RGB")
     assert made["pin_memory"]
 
 

@@ -101,7 +101,7 @@ def ask(server, tmp_path_factory):
         server.url, verbose=False, analytics_enabled=False, download_files=tmp_path_factory.mktemp("downloads"))
 
     def call(path, threshold=1.5, width=1.0, partition="expected"):
-        label, picture = client.predict(
+        label, _, picture = client.predict(
             handle_file(str(path)), threshold, width, partition, api_name="/explain")
         with Image.open(picture["path"] if isinstance(picture, dict) else picture) as file:
             return {each["label"]: each["confidence"] for each in label["confidences"]}, np.array(file)
@@ -326,7 +326,7 @@ def test_a_stuck_image_does_not_stop_others(script, weights, bird, tmp_path, mon
         client = Client(page.local_url, verbose=False, analytics_enabled=False, download_files=False)
         stuck = shutil.copy(bird, tmp_path / "stuck.png")
         waiting = client.submit(handle_file(str(stuck)), 0.2, 1, "expected", api_name="/explain")
-        label, _ = client.submit(handle_file(str(bird)), 0.2, 1, "expected", api_name="/explain").result(timeout=30)
+        label, *_ = client.submit(handle_file(str(bird)), 0.2, 1, "expected", api_name="/explain").result(timeout=30)
         assert label["label"] in NAMES
         assert not waiting.done()
     finally:
@@ -433,39 +433,12 @@ def test_taken_port_is_said(server, weights, tmp_path):
     assert "Traceback" not in text
 
 
-def test_embedded_model_is_trained_once(script, monkeypatch, tmp_path, capfd):
-    small = ["--num-images", "48", "--epochs", "1", "--img-size", "64", "--batch-size", "8", "--workers", "0",
-             "--cpu-threads", "1"]
-    monkeypatch.setattr(script, "TRAINING", small)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    folder = script.train_embedded(tmp_path / "output" / "demo")
-    classifier = Classifier.from_pretrained(folder)
-    assert classifier.model.num_classes == script.CLASSES == len(classifier.label_names)
-    assert "once" in capfd.readouterr().out
-    assert not list((tmp_path / "hub").rglob("*.arrow")), "drawn images lie in a temporary folder"
-    written = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*")}
-    assert script.train_embedded(tmp_path / "output" / "demo") == folder
-    assert {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*")} == written
-    assert capfd.readouterr().out == ""
-
-
-def test_training_that_fails_is_said(script, monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "TRAINING", ["--epochs", "0"])
-    with pytest.raises(ValueError, match="Training failed"):
-        script.train_embedded(tmp_path)
-
-
-def test_starts_from_disk_without_weights(weights, tmp_path):
-    folder = tmp_path / "work" / "output" / "demo"
-    shutil.copytree(weights, folder / "best")
-    (folder / "results.json").write_text("{}")
+def test_without_weights_it_knows_drawn_birds(tmp_path):
     server = start(tmp_path)
-    assert NAMES[0] not in httpx.get(server.url).text  # the page holds no answer before it is asked
     client = Client(server.url, verbose=False, analytics_enabled=False, download_files=False)
-    draw_bird(np.random.default_rng(1), 1, 4, 200).image.save(tmp_path / "bird.png")
-    label, _ = client.predict(handle_file(str(tmp_path / "bird.png")), 1.5, 1, "expected", api_name="/explain")
-    assert label["label"] in NAMES
+    draw_bird(np.random.default_rng(1), 1, 8, 200).image.save(tmp_path / "bird.png")
+    label, *_ = client.predict(handle_file(str(tmp_path / "bird.png")), 0.2, 1, "expected", api_name="/explain")
+    assert label["label"] == Classifier("s3n_test_resnet").label_names[1]
     stop(server)
 
 
@@ -495,10 +468,12 @@ def test_page_for_every_kind_of_model(script, bird, tmp_path, options):
         "Attention width": sparse,
         "Partition": sparse,
     }
-    answer, picture = script.explain(classifier, bird, 0.5, 2.0, "all")
+    answer, single, picture = script.explain(classifier, bird, 0.5, 2.0, "all")
     assert list(answer) == ["0", "1", "2"]
     assert sum(answer.values()) == pytest.approx(1)
     assert picture.width > 800
+    assert single is None or sum(single.values()) == pytest.approx(1)
+    assert (single == answer) == (options.get("branches") == "O")
     adjusted = script.adjust(classifier.model, 0.5, 2.0, "all")
     assert adjusted.partition == "all"
     for name, value in classifier.model.state_dict().items():
@@ -509,7 +484,7 @@ def test_classes_of_one_name_have_a_bar_each(script, bird, tmp_path):
     torch.manual_seed(0)
     model = S3N("test_resnet", num_classes=3).eval()
     classifier = Classifier.from_pretrained(save(model, tmp_path / "weights", label_names=["wren", "jay", "wren"]))
-    answer, _ = script.explain(classifier, bird, 0.5, 1.0, "expected")
+    answer, *_ = script.explain(classifier, bird, 0.5, 1.0, "expected")
     assert sum(answer.values()) == pytest.approx(1)
     assert len(answer) == 3
     assert classifier.label_names == ["wren", "jay", "wren"]

@@ -148,8 +148,8 @@ def find_workers(pid, processes):
     launcher = psutil.Process(pid)
     if processes == 1:
         return [launcher]
-    trainings = [each for each in launcher.children(recursive=True)
-                 if "torch.distributed.run" not in each.cmdline() and any(word.endswith("train.py") for word in each.cmdline())]
+    found = [each for each in launcher.children(recursive=True) if "torch.distributed.run" not in each.cmdline()]
+    trainings = [each for each in found if any(word.endswith("train.py") for word in each.cmdline())]
     # the workers of the loaders are their children, and may show the same command
     found = [each for each in trainings if each.parent() not in trainings]
     assert len(found) == processes

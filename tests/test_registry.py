@@ -435,8 +435,8 @@ def test_agreeing_backbone(backbone):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cfg_follows_the_backbone(name):
-    cfg = timm.models.get_pretrained_cfg(name)
     own = timm.models.get_pretrained_cfg(VARIANTS[name])
+    cfg = timm.models.get_pretrained_cfg(f"{name}.{own.tag}")
     for field in ("mean", "std", "input_size", "crop_pct", "interpolation", "pool_size", "hf_hub_id", "num_classes"):
         assert getattr(cfg, field) == getattr(own, field), field
     assert cfg.architecture == name
@@ -467,7 +467,8 @@ def test_preprocessing_without_the_registry():
 
 def test_names_with_weights():
     names = timm.list_pretrained("s3n*")
-    assert set(names) == {f"{name}.{weights.split('.')[1]}" for name, weights in VARIANTS.items()} | {"s3n"}
+    assert set(names) == {f"{name}.{weights.split('.')[1]}" for name, weights in VARIANTS.items()} | {
+        "s3n", "s3n_test_resnet.birds"}
 
 
 def test_default_beta_is_the_originals():

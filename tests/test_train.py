@@ -10,7 +10,7 @@ import torch
 import train as script
 import yaml
 from accelerate import Accelerator
-from helpers import EXAMPLES, SMALL, command, largest_difference, run, train, weights
+from helpers import EXAMPLES, SMALL, call, command, largest_difference, run, train, weights
 from PIL import Image
 from safetensors.torch import load_file
 from support.arguments import RECIPES, parse_args
@@ -293,6 +293,18 @@ def test_a_recipe_stands_on_its_base(tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse_args(["--recipe", str(path), "--output", str(tmp_path / "out")])
         assert message in capsys.readouterr().err
+
+
+def test_a_model_of_one_channel_reads_grey_images(tmp_path):
+    output = tmp_path / "run"
+    train("--model-kwargs", '{"in_chans": 1}', "--epochs", 1, "--output", output)
+    for folder in ("best", "backbone"):
+        assert s3n_timm.Classifier(output / folder).data_config["input_size"] == (1, 64, 64)
+    measured = json.loads((output / "results.json").read_text())["test_top1"]["best"]["joint"]
+    call("evaluate.py", output / "best", "--num-images", 12, "--workers", 0, "--cpu-threads", 1,
+         "--output", tmp_path / "evaluation")
+    again = json.loads((tmp_path / "evaluation" / "results.json").read_text())["measures"]["accuracy"]
+    assert measured == pytest.approx(again["joint"]["top1"], abs=0.1), again
 
 
 def test_recipe_of_one_s_own(tmp_path):

@@ -107,7 +107,7 @@ def read_row(row: dict[str, Any], transform: Transform, mode: str) -> dict[str, 
 class TrainingImages(Dataset):
     """Augmented images by (index, place in training)."""
 
-    def __init__(self, images: datasets.Dataset, transform: Transform, seed: int, mode: str = "RGB") -> None:
+    def __init__(self, images: datasets.Dataset, transform: Transform, seed: int, mode: str) -> None:
         self.images = store_images(images.select_columns(["image", "label"]))
         self.transform, self.seed, self.mode = transform, seed, mode
 
@@ -188,7 +188,7 @@ class TrainLoader:
 
     def __init__(
             self, split: Any, transform: Transform, args: argparse.Namespace, accelerator: Accelerator,
-            mode: str = "RGB",
+            mode: str,
     ) -> None:
         self.split, self.args, self.accelerator, self.mode = split, args, accelerator, mode
         self.images_per_update = args.batch_size * accelerator.num_processes * args.grad_accum_steps
@@ -254,7 +254,7 @@ class TrainLoader:
 
 
 def create_eval_loader(
-        split: Any, transform: Transform, args: argparse.Namespace, accelerator: Accelerator, mode: str = "RGB",
+        split: Any, transform: Transform, args: argparse.Namespace, accelerator: Accelerator, mode: str,
 ) -> Any:
     """A loader prepared by Accelerate, for `gather_for_metrics`."""
     images = store_images(split.select_columns(["image", "label"]))

@@ -13,12 +13,13 @@ from support.launching import reading
 from support.loaders import create_eval_loader
 from support.progress import progress as show_progress
 from support.run import Run, unwrap
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
 
 import s3n_timm
 from s3n_timm import S3N
 from s3n_timm.draw import draw_explanation
+from s3n_timm.images import image_mode, input_config
 
 
 @torch.inference_mode()
@@ -61,8 +62,9 @@ def export_backbone(run: Run, best: nn.Module, test: Any) -> dict[str, float] | 
         if run.accelerator.is_main_process:
             s3n_timm.save(s3n_timm.extract_backbone(best), folder, label_names=run.names, data_config=None)
     plain = timm.create_model(f"local-dir:{run.args.output / 'backbone'}", pretrained=True)
-    transform = create_transform(**resolve_data_config({}, model=plain))
-    loader = create_eval_loader(test, transform, run.args, run.accelerator)
+    config = input_config(plain)
+    mode = image_mode(config["input_size"][0])
+    loader = create_eval_loader(test, create_transform(**config), run.args, run.accelerator, mode)
     return evaluate(run, plain.to(run.accelerator.device), loader, desc="test, backbone")
 
 

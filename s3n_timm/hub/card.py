@@ -9,13 +9,13 @@ from urllib.parse import quote
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from timm.data import resolve_data_config
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints import check_regular_file
 from ..evaluation import INTERVAL, result_tables
+from ..images import image_mode, input_config
 from ..model import S3N
 
 PAPER = "https://openaccess.thecvf.com/content_ICCV_2019/html/Ding_Selective_Sparse_Sampling_for_Fine-Grained_Image_Recognition_ICCV_2019_paper.html"
@@ -90,7 +90,7 @@ def model_card(
             model.
         OSError: a file can't be read.
     """
-    config = resolve_data_config(dict(data_config or {}), model=model)
+    config = input_config(model, data_config)
     name, dataset, licence, limits = _plain(name), _plain(dataset), _plain(licence), _plain(limits)
     measured = None if results is None else _read_results(results, model)
     settings = None if recipe is None else _read_recipe(recipe)
@@ -114,7 +114,7 @@ def model_card(
         f"# {title}",
         _what_it_is(model),
         _model_table(model, config, label_names),
-        _how_to_load(model, name),
+        _how_to_load(model, name, image_mode(config["input_size"][0])),
         _training(dataset, settings),
         reported,
         _picture(picture),
@@ -260,7 +260,7 @@ def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
 
 
-def _how_to_load(model: nn.Module, name: str | None) -> str:
+def _how_to_load(model: nn.Module, name: str | None, mode: str) -> str:
     if isinstance(model, S3N):
         source = json.dumps(name or "FOLDER", ensure_ascii=False)
         timm_source = json.dumps(f"hf-hub:{name}" if name else "local-dir:FOLDER", ensure_ascii=False)
@@ -281,7 +281,7 @@ def _how_to_load(model: nn.Module, name: str | None) -> str:
         "import timm\nimport torch\nfrom PIL import Image\n\n"
         f"model = timm.create_model({source}, pretrained=True).eval()\n"
         "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))\n"
-        'x = transform(Image.open("image.jpg").convert("RGB"))[None]\n'
+        f'x = transform(Image.open("image.jpg").convert("{mode}"))[None]\n'
         "with torch.inference_mode():\n"
         "    probability, label = model(x).softmax(1).max(1)\n"
         'names = model.pretrained_cfg.get("label_names") or range(model.num_classes)\n'

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from timm.models import build_model_with_cfg, get_model_args, model_entrypoint
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from ..checkpoints import (
     label_names as names_of,
 )
 from ..files import replacing_file
-from ..images import read_image
+from ..images import input_config, read_image
 from ..model import S3N
 from .card import model_card
 from .download import CONFIG, WEIGHTS, download
@@ -150,7 +150,7 @@ def _draw(
 
     if not isinstance(model, S3N):
         raise ValueError("picture can't be drawn for a plain model, which has no peaks: give a file, or none.")
-    config = resolve_data_config(dict(data_config or {}), model=model)
+    config = input_config(model, data_config)
     image = create_transform(**config)(read_image(picture))
     image = image.to(next(model.parameters()).device)
     with torch.no_grad():
