@@ -21,10 +21,10 @@ from .warps import resize_grid
 STEPS = 16
 METHOD = (
     "RISE's deletion and insertion: area under the probability of the predicted class while the pixels of the image "
-    "that the branch reads, those of the highest response first, are replaced by each channel's mean, or replace those "
-    f"of a blurred copy (standard deviation a tenth of its shorter side), in {STEPS} equal steps; the sum of all maps "
-    "is tested on the input, read by the whole model with its warps made anew; random map: random values in the map's "
-    "cells, resized as the map is"
+    "that the branch reads, those of the highest response first, are replaced by each channel's mean in the "
+    "model's normalisation, or replace those of a blurred copy (standard deviation a tenth of its shorter side), in "
+    f"{STEPS} equal steps; the sum of all maps is tested on the input, read by the whole model with its warps made "
+    "anew; random map: random values in the map's cells, resized as the map is"
 )
 ORDERS = ("", "random_")
 KINDS = ("deletion", "insertion")
@@ -110,7 +110,9 @@ def replacement_curve(
 def deletion_curve(
         classify: Classify, images: Tensor, importance: Tensor, classes: Tensor, steps: int = STEPS, **kwargs: Any,
 ) -> Tensor:
-    """Probability of a class while the most important pixels are replaced by the mean of their channel.
+    """Probability of a class while the most important pixels are replaced by 0, the mean of normalised channels.
+
+    That of the image itself would bring its colors back, by which many classes can be told.
 
     Args:
         classify: as for `replacement_curve`, and so are the others.
@@ -126,8 +128,7 @@ def deletion_curve(
     Raises:
         ValueError: as for `replacement_curve`.
     """
-    mean = images.mean((2, 3), keepdim=True).expand_as(images)
-    return replacement_curve(classify, images, mean, importance, classes, steps, **kwargs)
+    return replacement_curve(classify, images, torch.zeros_like(images), importance, classes, steps, **kwargs)
 
 
 def insertion_curve(
