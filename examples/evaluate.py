@@ -158,8 +158,6 @@ def set_options(model: nn.Module, args: argparse.Namespace) -> None:
         if not is_s3n:
             raise ValueError(f"--answer {args.answer} needs an S3N, and this model has one output: leave it out.")
         model.configure(answer=args.answer)
-
-
     if args.faithfulness and not is_s3n:
         try:
             inspect_head(model)

@@ -241,9 +241,9 @@ def run(monkeypatch, tmp_path):
 
 def test_evaluate_reports_areas_in_file_table_and_card(run, capsys):
     model = S3N("test_resnet", num_classes=3, branches="O+D").eval()
-    results = run(model, "--faithfulness", "--faithfulness-images", "5")
+    results = run(model, "--faithfulness", "--faithfulness-images", "4")
     measured = results["measures"]["faithfulness"]
-    assert (measured["images"], measured["steps"]) == (5, 16)
+    assert (measured["images"], measured["steps"]) == (4, 16)
     assert measured["maps"].keys() == {"joint", "original", "discriminative"}
     for areas in measured["maps"].values():
         for key, curve in areas.pop("curves").items():
