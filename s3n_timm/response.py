@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GATES = ("paper", "renormalised", "contrastive")
+GATES = ("paper", "renormalised")
 
 
 def class_response_maps(features: Tensor, classifier: nn.Linear | nn.Conv2d | Tensor) -> Tensor:
@@ -53,11 +53,10 @@ def gate_weights(scores: Tensor, threshold: float = 0.2, topk: int = 5, gate: st
         threshold: δ, in nats.
         topk: how many classes count; all of them where there are fewer.
         gate: `"paper"` takes the probabilities as they are, `"renormalised"` divides them by their sum first, so
-            that H does not shrink as classes are added. `"contrastive"` has no threshold: the top-1 map less the mean
-            of the other `topk` - 1 maps, as in Finer-CAM (Zhang et al., CVPR 2025).
+            that H does not shrink as classes are added.
 
     Returns:
-        B×C weights: a response is their product with the maps.
+        B×C weights, 0 or 1: a response is their product with the maps.
 
     Raises:
         ValueError: `scores` is not B×C with a class, `topk` is not positive, or `gate` is unknown.
@@ -75,10 +74,6 @@ def gate_weights(scores: Tensor, threshold: float = 0.2, topk: int = 5, gate: st
         raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}.")
     scores = scores.float()
     top, index = scores.softmax(dim=1).topk(min(topk, scores.shape[1]), dim=1)
-    if gate == "contrastive":
-        rivals = top.shape[1] - 1
-        rows = torch.cat([torch.ones_like(top[:, :1]), torch.full_like(top[:, 1:], -1 / max(rivals, 1))], dim=1)
-        return torch.zeros_like(scores).scatter(1, index, rows)
     p = top / top.sum(dim=1, keepdim=True) if gate == "renormalised" else top
     entropy = torch.special.entr(p).sum(dim=1, keepdim=True)
     chosen = (entropy > threshold).to(scores.dtype).expand_as(p)

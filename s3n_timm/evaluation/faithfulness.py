@@ -173,8 +173,8 @@ def curve_area(curve: Tensor) -> Tensor:
 def random_importance(cells: Sequence[int], size: Sequence[int], indices: Tensor, seed: int = 0) -> Tensor:
     """A map that knows nothing: random values in as many cells as a response map has, resized as that is.
 
-    Pixels in random order would be no fair comparison: the specks that they leave in an image disturb a network more
-    than patches do, so that any map would look worse than chance at deletion and better at insertion.
+    Random values of pixels would leave specks in an image, which a network reads otherwise than the patches that a
+    response map takes away.
 
     Args:
         cells: (h, w) of the response map.
