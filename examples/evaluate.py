@@ -1,7 +1,7 @@
 """Measure trained weights as the paper does: `accelerate launch examples/evaluate.py output/s3n/best`.
 
-Accuracy of every branch, calibration, hits of peaks, localisation, parts, magnification and confusions, as tables and
-as files. Read it top to bottom: arguments, model, data, measuring, files, tables, main.
+Accuracy of every branch, calibration, hits of peaks, localisation, faithfulness, parts, magnification and confusions,
+as tables and as files. Read it top to bottom: arguments, model, data, measuring, files, tables, main.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 from support.files import replace_text, replacing_file
 from support.launching import exiting_on, refuse_lone_process, use_cpu_threads
-from support.loaders import hold_out
+from support.loaders import hold_out, spread_over
 from support.progress import progress
 from timm.data import create_transform
 from torch import Tensor, nn
@@ -48,9 +48,12 @@ from s3n_timm.evaluation import (
     confused_pairs,
     draw_confusions,
     measure_batch,
+    measure_faithfulness,
     result_tables,
     summarize,
+    summarize_faithfulness,
 )
+from s3n_timm.heads import NoResponseMap, inspect_head
 from s3n_timm.hub import count_parameters
 from s3n_timm.images import image_mode, input_config
 from s3n_timm.peaks import PARTITION_MODES
@@ -96,12 +99,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        help="write that threshold to WEIGHTS/config.json, for Classifier and predict.py")
 
     run = parser.add_argument_group("run")
+    run.add_argument("--faithfulness", action="store_true",
+                     help="deletion and insertion curves: does the model decide by what its response maps show?")
+    run.add_argument("--faithfulness-images", type=int, default=500, metavar="IMAGES",
+                     help="at most so many, evenly over the split: each takes 70 to 400 passes of the backbone")
     run.add_argument("--output", type=Path, help="folder for the files; beside the weights if left out")
     run.add_argument("--cpu-threads", type=int, help="per process, on a CPU; default: all cores, shared evenly")
     run.add_argument("--seed", type=int, default=42)
 
     args = parser.parse_args(argv)
-    for name in ("num_images", "batch_size", "img_size", "crop_pct", "cpu_threads"):
+    for name in ("num_images", "batch_size", "img_size", "crop_pct", "cpu_threads", "faithfulness_images"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}.")
     for name in ("image_column", "label_column"):
@@ -151,6 +158,11 @@ def set_options(model: nn.Module, args: argparse.Namespace) -> None:
         if not is_s3n:
             raise ValueError(f"--answer {args.answer} needs an S3N, and this model has one output: leave it out.")
         model.configure(answer=args.answer)
+    if args.faithfulness and not is_s3n:
+        try:
+            inspect_head(model)
+        except NoResponseMap as error:
+            raise ValueError(f"--faithfulness needs class response maps: leave it out. {error}") from error
 
 
 def has_peaks(model: nn.Module) -> bool:
@@ -253,18 +265,19 @@ def pad_batch(batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def measure(
-        model: nn.Module,
+        read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
         loader: DataLoader,
-        crop: Crop,
         args: argparse.Namespace,
         accelerator: Accelerator,
 ) -> dict[str, Tensor]:
-    """Rows of all images, each once and in the data set's order, on the main process; empty on the others."""
+    """Rows of all images, each once and in the data set's order, on the main process; empty on the others.
+
+    `read` makes the rows of a batch.
+    """
     batches = []
     for batch in progress(loader, desc=args.split, disable=not accelerator.is_main_process, leave=False):
-        full = carry_annotations(pad_batch(batch, args.batch_size), crop)
         with accelerator.autocast():
-            rows = measure_batch(model, full)
+            rows = read(pad_batch(batch, args.batch_size))
         rows = {name: values[:len(batch["label"])].contiguous() for name, values in rows.items()}
         rows = accelerator.gather_for_metrics(rows)
         if accelerator.is_main_process:
@@ -384,9 +397,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = TransformRows(create_transform(**data_config), image_mode(data_config["input_size"][0]), classes)
     loader = accelerator.prepare(create_loader(dataset, rows, args, accelerator.device.type == "cuda"))
 
+    model.to(accelerator.device)
+    crop = Crop.from_config(data_config)
     started = time.monotonic()
-    records = measure(model.to(accelerator.device), loader, Crop.from_config(data_config), args, accelerator)
+    records = measure(lambda batch: measure_batch(model, carry_annotations(batch, crop)), loader, args, accelerator)
     seconds = time.monotonic() - started
+    curves: dict[str, Tensor] = {}
+    if args.faithfulness:
+        some = create_loader(spread_over(dataset, args.faithfulness_images), rows, args)
+        curves = measure(lambda batch: measure_faithfulness(model, batch["image"], batch["index"], seed=args.seed),
+                         accelerator.prepare(some), args, accelerator)
     accelerator.end_training()  # a process that ends while gloo's threads run is aborted
     if not accelerator.is_main_process:
         return
@@ -395,6 +415,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exiting_on(ValueError, OSError):
         exit_entropy = choose_exit(records, args)
         measures = summarize(records, part_names(dataset), args.seed, exit_entropy)
+        if curves:
+            measures["faithfulness"] = as_plain(summarize_faithfulness(curves))
         run = dict(
             seconds=seconds,
             images_per_second=len(dataset) / seconds,

@@ -58,6 +58,12 @@ def load_splits(args: argparse.Namespace) -> dict[str, Any]:
     return dict(train=train, val=val, test=test)
 
 
+def spread_over(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
+    """At most `count` images, evenly spaced: data sets are often in the order of their classes."""
+    count = min(count, len(dataset))
+    return dataset.select([place * len(dataset) // count for place in range(count)])
+
+
 def hold_out(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training images without a part of every class, and that part."""
     try:

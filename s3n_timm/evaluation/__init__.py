@@ -1,6 +1,15 @@
 """What the paper measures besides accuracy, as functions, and the evaluation of a model on a whole split."""
 
 from .confusions import draw_confusions
+from .faithfulness import (
+    blur,
+    curve_area,
+    deletion_curve,
+    insertion_curve,
+    measure_faithfulness,
+    random_importance,
+    summarize_faithfulness,
+)
 from .geometry import (
     CROP_MODES,
     Crop,
@@ -44,6 +53,7 @@ __all__ = [
     "UNITS",
     "as_plain",
     "background_magnification",
+    "blur",
     "bootstrap_difference",
     "bootstrap_interval",
     "box_iou",
@@ -55,11 +65,14 @@ __all__ = [
     "count_hits",
     "Crop",
     "cross_calibrate",
+    "curve_area",
+    "deletion_curve",
     "draw_confusions",
     "fit_temperature",
     "grid_to_pixels",
     "hit_histogram",
     "hit_rate",
+    "insertion_curve",
     "invert_warp",
     "largest_region_box",
     "localisation_accuracy",
@@ -67,15 +80,18 @@ __all__ = [
     "magnification",
     "magnified_boxes",
     "measure_batch",
+    "measure_faithfulness",
     "nearest_parts",
     "nll",
     "peak_pixels",
     "per_class_accuracy",
     "pixels_to_grid",
+    "random_importance",
     "restore_boxes",
     "result_tables",
     "ResultTable",
     "summarize",
+    "summarize_faithfulness",
     "transform_boxes",
     "transform_points",
 ]

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from ..model import S3N
 from ..outputs import mean_answer
-from ..response import resize_maps
 from .geometry import Crop, transform_boxes, transform_points
 from .localisation import box_iou, largest_region_box, localisation_accuracy, localisation_maps
 from .peaks import count_hits, hit_histogram, hit_rate, nearest_parts
 from .statistics import bootstrap_interval, calibration_error, fit_temperature, nll
-from .warps import background_magnification, box_magnification, magnification
+from .warps import background_magnification, box_magnification, magnification, resize_grid
 
 OUTPUTS = ("joint", "mean", "original", "discriminative", "complementary")
 UNITS = (
     "accuracies, rates, shares, their intervals and the calibration error in %; log likelihood and entropy in nats; "
-    "magnification in areas of the warped image per area of the input; counts as such"
+    "magnification in areas of the warped image per area of the input; areas under probabilities in [0, 1]; counts as "
+    "such"
 )
 INTERVAL = "95 %, percentile bootstrap over images by its exact binomial quantiles"
 CALIBRATION = (
@@ -97,7 +97,7 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
     size, sample = image.shape[-2:], seen.sample
     grids = {}
     if sample is not None:  # a warped image may have another size than the input, to whose pixels scales refer
-        grids = {branch: _resize_grid(getattr(sample, branch).grid, size) for branch in model.warped}
+        grids = {branch: resize_grid(getattr(sample, branch).grid, size) for branch in model.warped}
     peaks = None if sample is None or model.config.attention != "sparse" else sample.peaks
     if peaks is not None:
         records["peaks"] = peaks.sum((1, 2))
@@ -126,10 +126,6 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
             strongest, weakest = nearest_parts(sample.response, peaks, parts, size)
             records |= dict(strongest=strongest, weakest=weakest)
     return records
-
-
-def _resize_grid(grid: Tensor, size: Sequence[int]) -> Tensor:
-    return resize_maps(grid.movedim(-1, 1), (size[0], size[1])).movedim(1, -1)
 
 
 # metrics of a split

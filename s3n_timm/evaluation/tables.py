@@ -22,10 +22,15 @@ def result_tables(measures: Mapping[str, Any]) -> dict[str, ResultTable]:
 
     Returns:
         Tables by name, in the order in which they are read: `accuracy`, `metrics` and, where they were measured,
-        `localisation`, `early_exit`, `magnification` and `parts`.
+        `localisation`, `faithfulness`, `early_exit`, `magnification` and `parts`.
     """
     tables = dict(accuracy=_accuracy(measures["accuracy"]), metrics=_metrics(measures))
-    makers = dict(localisation=_localisation, early_exit=_early_exit, magnification=_magnification)
+    makers = dict(
+        localisation=_localisation,
+        faithfulness=_faithfulness,
+        early_exit=_early_exit,
+        magnification=_magnification,
+    )
     tables |= {name: make(measures[name]) for name, make in makers.items() if name in measures}
     if "parts" in measures and (measures["parts"]["images"] is not None or measures["parts"]["not_shown"]):
         tables["parts"] = _parts(measures["parts"])
@@ -73,10 +78,21 @@ def _localisation(measured: Mapping[str, Any]) -> ResultTable:
     rows = []
     for name, metrics in measured.items():
         if name != "images":
-            maps = "sum of all maps" if name == "joint" else f"{name} map"
-            rows.append((maps, *(_number(metrics[key], digits) for key, digits in keys)))
+            rows.append((_map_name(name), *(_number(metrics[key], digits) for key, digits in keys)))
     header = ("response map of the predicted class", "accuracy %", "mean IoU", "normalized: accuracy %", "mean IoU")
     return ResultTable("Localisation, IoU ≥ 0.5 (paper's table 2)", header, rows)
+
+
+def _map_name(name: str) -> str:
+    return "sum of all maps" if name == "joint" else f"{name} map"
+
+
+def _faithfulness(measured: Mapping[str, Any]) -> ResultTable:
+    keys = ("deletion", "random_deletion", "insertion", "random_insertion")
+    rows = [(_map_name(name), *(_number(areas[key], 3) for key in keys)) for name, areas in measured["maps"].items()]
+    header = ("response map of the predicted class", "deletion ↓", "random map", "insertion ↑", "random map")
+    title = f"Faithfulness: area under the class probability (RISE), {measured['images']} images"
+    return ResultTable(title, header, list(rows))
 
 
 def _early_exit(metrics: Mapping[str, Any]) -> ResultTable:

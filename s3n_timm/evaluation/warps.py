@@ -4,6 +4,7 @@ Grids hold coordinates in [-1, 1], the corner pixels' centers at ±1; boxes and 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,11 @@ from .geometry import Crop, grid_to_pixels, peak_pixels, pixels_to_grid, points_
 def _check_grid(grid: Tensor) -> None:
     if grid.ndim != 4 or grid.shape[3] != 2 or min(grid.shape[1:3]) < 2:
         raise ValueError(f"grid must be B×H×W×2 with H and W at least 2, got {tuple(grid.shape)}.")
+
+
+def resize_grid(grid: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize a B×h×w×2 warp grid to (H, W) pixels, as the maps are: B×H×W×2."""
+    return resize_maps(grid.movedim(-1, 1), (size[0], size[1])).movedim(1, -1)
 
 
 def _jacobian(grid: Tensor) -> Tensor:

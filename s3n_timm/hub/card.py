@@ -349,6 +349,7 @@ def _results(results: Mapping[str, Any] | None) -> str:
         *([f"peaks divided by `{partition}`"] if partition else []),
         f"intervals: {INTERVAL}; they do not cover how runs differ by their seeds",
         f"calibration: {measures['calibration']['method']}",
+        *([f"faithfulness: {measures['faithfulness']['method']}"] if "faithfulness" in measures else []),
         f"units: {results['units']}",
         f"by examples/evaluate.py on {run.get('device', 'an unknown device')}, {versions or 'unknown versions'}",
     ]
