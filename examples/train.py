@@ -37,6 +37,7 @@ from support.launching import (
     use_cpu_threads,
 )
 from support.loaders import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
+from support.losses import create_criterion, list_class_weights
 from support.progress import progress as show_progress
 from support.results import evaluate, finish_training
 from support.run import Exchange, Run, unwrap
@@ -357,11 +358,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
         names = splits["train"].features["label"].names
         if len(names) < 2:
             raise ValueError(f"--dataset {args.dataset} has one class, {names[0]!r}: there is nothing to tell apart.")
+        class_weights = list_class_weights(args, names, splits["train"])
         model = create_model(args, len(names), accelerator)
         evaluation = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
         data_config = resolve_data_config(evaluation, model=model)
         refuse_single_values(model, args, data_config["input_size"])
-        held = dict(trajectory(args, accelerator.num_processes), classes=names, images=describe_images(splits))
+        held = dict(trajectory(args, accelerator.num_processes), classes=names, images=describe_images(splits),
+                    class_weights=class_weights)
         checkpoint, notes = find_checkpoint(args.output, args.resume, held)
         shared = {name: data_config[name] for name in ("input_size", "interpolation", "mean", "std")}
         augment = create_transform(
@@ -397,7 +400,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
     elif args.snapmix:
         mixup = SnapMix(bare, args.snapmix)
     ema = ModelEmaV3(bare, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
-    criterion = s3n_timm.S3NLoss(args.smoothing, args.distillation, args.temperature)
+    criterion = create_criterion(args, class_weights).to(accelerator.device)
     run = Run(args, accelerator, model, ema, criterion, optimizer, scheduler, mixup, teacher, Progress(), held, names,
               data_config, stop)
     progress = run.progress
