@@ -56,6 +56,7 @@ try:
     from s3n_timm.classifier import Classifier
     from s3n_timm.data import draw_bird
     from s3n_timm.images import read_image
+    from s3n_timm.outputs import score_classes
     from s3n_timm.peaks import PARTITION_MODES
 except ImportError as error:
     sys.exit(f"demo.py: {describe_import_error(error, 'demo')}")
@@ -138,7 +139,7 @@ def explain(
     seen = adjusted.explain(image)  # once: bars and picture agree, also where the partition is drawn at random
     file = io.BytesIO()
     adjusted.draw(image, seen).savefig(file, dpi=120)
-    chances = adjusted.model.decide(seen.logits)[0].float().softmax(0).tolist()
+    chances = score_classes(adjusted.model.decide(seen.logits), classifier.multi_label)[0].tolist()
     return dict(zip(adjusted.label_names, chances)), Image.open(file)
 
 

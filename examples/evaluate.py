@@ -27,14 +27,15 @@ from support.files import replace_text, replacing_file
 from support.launching import exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import hold_out
 from support.progress import progress
-from timm.data import create_transform, resolve_data_config
+from timm.data import MultiLabelTarget, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import s3n_timm
+from s3n_timm.checkpoints import is_multi_label as is_multi_label_model
 from s3n_timm.checkpoints import known_label_names
 from s3n_timm.config import ANSWERS
-from s3n_timm.data import load, part_names, read_stored, store_images
+from s3n_timm.data import class_names, is_multi_label, load, part_names, read_stored, store_images
 from s3n_timm.early_exit import choose_exit_entropy
 from s3n_timm.evaluation import (
     CALIBRATION,
@@ -47,9 +48,12 @@ from s3n_timm.evaluation import (
     carry_annotations,
     confused_pairs,
     draw_confusions,
+    label_tables,
     measure_batch,
+    measure_labels,
     result_tables,
     summarize,
+    summarize_labels,
 )
 from s3n_timm.hub import count_parameters
 from s3n_timm.images import image_mode
@@ -65,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("weights", metavar="WEIGHTS", help="folder of s3n_timm.save, or hf-hub:USER/NAME")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="birds", help="birds, cub, aircraft, cars, folder, parquet or hub:NAME")
+    data.add_argument("--dataset", default="birds", help="birds, or as train.py has them: folder, multi-label, hub:NAME …")
     data.add_argument("--data-dir", help="folder of the data set; drawn birds and the Hub need none")
     data.add_argument("--split", default="test")
     data.add_argument("--val-fraction", type=float, default=0.0, metavar="PART",
@@ -141,8 +145,8 @@ def set_options(model: nn.Module, args: argparse.Namespace) -> None:
     if not model.num_classes:
         raise ValueError(f"WEIGHTS {args.weights} has no classifier, so there is nothing to measure.")
     exits = args.exit_entropy is not None or args.exit_loss is not None
-    if exits and not (is_s3n and "O" in model.config.branches):
-        raise ValueError("--exit-entropy and --exit-loss need an S3N with the O branch: leave them out.")
+    if exits and not (is_s3n and "O" in model.config.branches and not model.config.multi_label):
+        raise ValueError("--exit-entropy and --exit-loss need an S3N with the O branch and one label an image.")
     if args.partition_eval:
         if not has_peaks(model):
             raise ValueError(f"--partition-eval {args.partition_eval} needs a model with peaks: leave it out.")
@@ -191,7 +195,9 @@ def load_data(args: argparse.Namespace, model: nn.Module, data_config: dict[str,
 
 def match_classes(dataset: datasets.Dataset, model: nn.Module, args: argparse.Namespace) -> tuple[list[str], list[int]]:
     """The name of each class of the model, and the model's class of each class of the data set."""
-    names = list(map(str, dataset.features["label"].names))
+    names = list(map(str, class_names(dataset)))
+    if is_multi_label(dataset) != is_multi_label_model(model):
+        raise ValueError(f"--dataset {args.dataset} has one label an image and WEIGHTS any number, or the reverse.")
     if len(names) != model.num_classes:
         raise ValueError(
             f"--dataset {args.dataset} has {len(names)} classes and WEIGHTS {args.weights} has {model.num_classes}: "
@@ -219,10 +225,15 @@ class TransformRows:
 
     def __init__(self, transform: Callable[[Any], Tensor], mode: str, classes: Sequence[int]) -> None:
         self.transform, self.mode, self.classes = transform, mode, classes
+        self.several = MultiLabelTarget(len(classes))
+
+    def read_label(self, label: int | list[int]) -> int | Tensor:
+        """The model's class of a label; of several labels C numbers, 1 for each of them and 0 elsewhere."""
+        return self.several([self.classes[each] for each in label]) if isinstance(label, list) else self.classes[label]
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         images = [read_stored(image, self.mode) for image in batch["image"]]
-        rows: dict[str, list] = dict(index=batch["index"], label=[self.classes[label] for label in batch["label"]])
+        rows: dict[str, list] = dict(index=batch["index"], label=list(map(self.read_label, batch["label"])))
         rows["sizes"] = [torch.tensor([image.height, image.width]) for image in images]
         rows["image"] = [self.transform(image) for image in images]
         if "box" in batch:
@@ -264,7 +275,7 @@ def measure(
     for batch in progress(loader, desc=args.split, disable=not accelerator.is_main_process, leave=False):
         full = carry_annotations(pad_batch(batch, args.batch_size), crop)
         with accelerator.autocast():
-            rows = measure_batch(model, full)
+            rows = (measure_labels if is_multi_label_model(model) else measure_batch)(model, full)
         rows = {name: values[:len(batch["label"])].contiguous() for name, values in rows.items()}
         rows = accelerator.gather_for_metrics(rows)
         if accelerator.is_main_process:
@@ -359,6 +370,14 @@ def report(results: dict[str, Any], records: dict[str, Tensor], names: list[str]
         print_table(ResultTable("Most confused", ("label", "prediction", "images"), list(rows)), console)
 
 
+def report_labels(results: dict[str, Any], output: Path, console: Console) -> None:
+    for table in label_tables(results["measures"]):
+        print_table(table, console)
+    classes = results["measures"]["classes"]
+    write_csv(output / "per_class.csv", list(classes[0]), map(dict.values, classes))
+    replace_text(output / "results.json", json.dumps(results, indent=1, allow_nan=False))
+
+
 # main
 
 
@@ -394,7 +413,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise RuntimeError("Accelerate gave images twice, not at all or out of order: this is a bug.")
     with exiting_on(ValueError, OSError):
         exit_entropy = choose_exit(records, args)
-        measures = summarize(records, part_names(dataset), args.seed, exit_entropy)
+        if several := is_multi_label(dataset):
+            measures = summarize_labels(records, names)
+        else:
+            measures = summarize(records, part_names(dataset), args.seed, exit_entropy)
         run = dict(
             seconds=seconds,
             images_per_second=len(dataset) / seconds,
@@ -408,16 +430,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             dataset=args.dataset,
             split=args.split,
             images=len(dataset),
-            units=UNITS,
+            units="%" if several else UNITS,
             model=as_plain(describe_model(model, data_config)),
             measures=measures,
             run=run,
         )
         if args.keep_exit:
             keep_exit(Path(args.weights), exit_entropy)
-        write_files(args.output, results, records, names)
-        report(results, records, names, Console())
-        draw_picture(args.output, records, names)
+        if several:
+            report_labels(results, args.output, Console())
+        else:
+            write_files(args.output, results, records, names)
+            report(results, records, names, Console())
+            draw_picture(args.output, records, names)
     print(f"{seconds:.0f} s, {len(dataset) / seconds:.1f} images a second. Files: {args.output}")
 
 

@@ -44,7 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     on_off = argparse.BooleanOptionalAction
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="birds", help="birds, cub, aircraft, cars, folder, parquet or hub:NAME")
+    data.add_argument("--dataset", default="birds",
+                      help="birds, cub, aircraft, cars, folder, multi-label, parquet or hub:NAME")
     data.add_argument("--data-dir", help="folder of the data set; not for birds and hub:NAME")
     data.add_argument("--num-images", type=int, help="size of the drawn training set, or of a stream's epoch")
     data.add_argument("--num-classes", type=int, default=8, help="classes of the drawn birds")
@@ -152,6 +153,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         recipe.pop("model_kwargs", None)  # meant for the recipe's own backbone
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
+    args.bce_loss |= args.dataset == "multi-label"
     args.pretrained = args.pretrained or args.pretrained_path is not None
     _check(args, parser)
     return args
@@ -246,9 +248,13 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.bce_target_thresh is not None and not 0 <= args.bce_target_thresh < 1:
         parser.error(f"--bce-target-thresh must lie in [0, 1), got {args.bce_target_thresh}.")
     if args.bce_loss and args.distillation:
-        parser.error("--distillation compares probabilities of one label an image: leave out --bce-loss.")
+        parser.error("--distillation compares probabilities of one label an image: leave it out with binary "
+                     "cross-entropy, by --bce-loss or --dataset multi-label.")
     if args.bce_loss and args.snapmix:
-        parser.error("--snapmix gives labels weights that may exceed 1, which --bce-loss can't take: leave out one.")
+        parser.error("--snapmix gives labels weights that may exceed 1: leave it out with binary cross-entropy, by "
+                     "--bce-loss or --dataset multi-label.")
+    if args.dataset == "multi-label" and args.balanced:
+        parser.error("--balanced draws by the one label of an image: with --dataset multi-label use --class-weights.")
     if args.streaming:
         if args.class_weights == "balanced":
             parser.error("--class-weights balanced counts all labels: leave out --streaming, or give a file.")

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 import s3n_timm
+from s3n_timm.data import is_multi_label
 
 
 def create_criterion(args: argparse.Namespace, class_weights: list[float] | None) -> s3n_timm.S3NLoss:
@@ -19,6 +21,7 @@ def create_criterion(args: argparse.Namespace, class_weights: list[float] | None
         args.temperature,
         class_weights=class_weights,
         bce=args.bce_loss,
+        multi_label=args.dataset == "multi-label",
         bce_sum=args.bce_sum,
         bce_target_thresh=args.bce_target_thresh,
     )
@@ -40,7 +43,10 @@ def list_class_weights(args: argparse.Namespace, names: list[str], train: Any) -
         return None
     if args.class_weights != "balanced":
         return read_class_weights(Path(args.class_weights), names)
-    counts = torch.bincount(torch.as_tensor(train.with_format(None)["label"][:]), minlength=len(names))
+    labels = train.with_format(None)["label"][:]
+    if is_multi_label(train):
+        labels = list(itertools.chain.from_iterable(labels))
+    counts = torch.bincount(torch.as_tensor(labels), minlength=len(names))
     if not counts.all():
         raise ValueError(f"--class-weights balanced: class {names[int(counts.argmin())]!r} has no training image.")
     return (counts.sum() / (len(names) * counts)).tolist()

@@ -11,6 +11,13 @@ from .geometry import (
     transform_boxes,
     transform_points,
 )
+from .labels import (
+    average_precision,
+    label_tables,
+    mean_average_precision,
+    measure_labels,
+    summarize_labels,
+)
 from .localisation import box_iou, largest_region_box, localisation_accuracy, localisation_maps
 from .peaks import count_hits, hit_histogram, hit_rate, nearest_parts
 from .records import (
@@ -43,6 +50,7 @@ __all__ = [
     "OUTPUTS",
     "UNITS",
     "as_plain",
+    "average_precision",
     "background_magnification",
     "bootstrap_difference",
     "bootstrap_interval",
@@ -61,12 +69,15 @@ __all__ = [
     "hit_histogram",
     "hit_rate",
     "invert_warp",
+    "label_tables",
     "largest_region_box",
     "localisation_accuracy",
     "localisation_maps",
     "magnification",
     "magnified_boxes",
+    "mean_average_precision",
     "measure_batch",
+    "measure_labels",
     "nearest_parts",
     "nll",
     "peak_pixels",
@@ -76,6 +87,7 @@ __all__ = [
     "result_tables",
     "ResultTable",
     "summarize",
+    "summarize_labels",
     "transform_boxes",
     "transform_points",
 ]
