@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("weights", metavar="WEIGHTS", help="folder of s3n_timm.save, or hf-hub:USER/NAME")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="birds", help="birds, or as train.py has them: folder, multi-label, hub:NAME …")
+    data.add_argument("--dataset", default="birds", help="birds, or as train.py has them: folder, multi-label, …")
     data.add_argument("--data-dir", help="folder of the data set; drawn birds and the Hub need none")
     data.add_argument("--split", default="test")
     data.add_argument("--val-fraction", type=float, default=0.0, metavar="PART",

@@ -1,5 +1,6 @@
 """Metrics of models that give any number of labels an image. They need torchmetrics, imported where it is used."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
     """Average precision of each class: its images ranked by their scores.
 
     Args:
-        logits: N×C.
+        logits: N×C, of two classes or more.
         labels: N×C, 1 for each label of an image and 0 elsewhere.
 
     Returns:
@@ -23,13 +24,11 @@ def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
     """
     from torchmetrics.functional.classification import multilabel_average_precision
 
-    shown = labels.bool().any(0)
-    found = torch.full((labels.shape[1],), torch.nan, dtype=torch.float64, device=logits.device)
-    if shown.any():
-        scores = logits[:, shown].double().sigmoid()  # in double precision, where large logits do not all become 1
-        found[shown] = multilabel_average_precision(
-            scores, labels[:, shown].long(), num_labels=int(shown.sum()), average=None).to(found)
-    return found
+    scores = logits.double().sigmoid()  # in double precision, where large logits do not all become 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No positive samples")  # of such classes, which become NaN
+        found = multilabel_average_precision(scores, labels.long(), num_labels=labels.shape[1], average=None)
+    return found.where(labels.bool().any(0), torch.nan)
 
 
 def mean_average_precision(logits: Tensor, labels: Tensor) -> float:
