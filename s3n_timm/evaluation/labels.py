@@ -24,7 +24,9 @@ def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
     """
     from torchmetrics.functional.classification import multilabel_average_precision
 
-    scores = logits.double().sigmoid()  # in double precision, where large logits do not all become 1
+    # the order of a class's logits is what counts, and torchmetrics' sigmoid would make one of the large ones
+    scores = logits.double() - logits.amin(0)
+    scores = scores / scores.amax(0).clamp_min(torch.finfo(scores.dtype).tiny)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No positive samples")  # of such classes, which become NaN
         found = multilabel_average_precision(scores, labels.long(), num_labels=labels.shape[1], average=None)
