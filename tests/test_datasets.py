@@ -814,7 +814,8 @@ def test_load_others(aircraft_dir, cars_dir, parquet_dir):
 def test_load_faults(tmp_path):
     for name in ("dogs", "hub", "hub:", "cub:"):
         message = (
-            f"name must be 'birds', 'cub', 'aircraft', 'cars', 'folder', 'multi-label', 'parquet' or 'hub:NAME', got {name!r}."
+            f"name must be 'birds', 'cub', 'aircraft', 'cars', 'folder', 'multi-label', 'parquet' or 'hub:NAME', "
+            f"got {name!r}."
         )
         fails(ValueError, message, load, name)
     message = f"data_dir must be left out for 'hub:a/b', which names its own source, got {str(tmp_path)!r}."
