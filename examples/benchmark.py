@@ -39,7 +39,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import s3n_timm
-from s3n_timm.data import load
+from s3n_timm.data import class_names, load
 from s3n_timm.early_exit import answer_batch
 from s3n_timm.hub import count_macs
 from s3n_timm.sampling import SelectiveSample, sample_response
@@ -224,7 +224,7 @@ def measure_data(args: argparse.Namespace, device: torch.device) -> list[dict[st
             train_args = parse_train_args([str(each) for each in given])
         accelerator = Accelerator(cpu=device.type == "cpu")
         split = load_splits(train_args)["train"]
-        ours, _ = create_models(args, device, len(split.features["label"].names))
+        ours, _ = create_models(args, device, len(class_names(split)))
         config = resolve_data_config(dict(img_size=args.sizes[0]), model=ours)
         shared = {name: config[name] for name in ("input_size", "interpolation", "mean", "std")}
         loader = TrainLoader(split, create_transform(**shared, is_training=True), train_args, accelerator, "RGB")

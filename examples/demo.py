@@ -55,6 +55,7 @@ try:
     from s3n_timm.classifier import Classifier
     from s3n_timm.data import draw_bird
     from s3n_timm.images import read_image
+    from s3n_timm.outputs import score_classes
     from s3n_timm.peaks import PARTITION_MODES
 except ImportError as error:
     sys.exit(f"demo.py: {describe_import_error(error, 'demo')}")
@@ -125,7 +126,8 @@ def explain(
     seen = adjusted.explain(image)  # once: bars and picture agree, also where the partition is drawn at random
     file = io.BytesIO()
     adjusted.draw(image, seen).savefig(file, dpi=120)
-    answers = [None if logits is None else dict(zip(adjusted.label_names, logits[0].float().softmax(0).tolist()))
+    answers = [None if logits is None else
+               dict(zip(adjusted.label_names, score_classes(logits, classifier.multi_label)[0].tolist()))
                for logits in (adjusted.model.decide(seen.logits), seen.logits.original)]
     return answers[0], answers[1], Image.open(file)
 

@@ -1,17 +1,16 @@
 """Measure trained weights as the paper does: `accelerate launch examples/evaluate.py output/s3n/best`.
 
 Accuracy of every branch, calibration, hits of peaks, localisation, faithfulness, parts, magnification and confusions,
-as tables and as files. Read it top to bottom: arguments, model, data, measuring, files, tables, main.
+as tables and as files. Read it top to bottom: arguments, model, data, measuring, main. Files and tables are written by
+support/reports.py.
 """
 
 import argparse
-import csv
-import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +20,34 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from support.files import replace_text, replacing_file
+from support.files import replace_text
 from support.launching import exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import hold_out, spread_over
 from support.progress import progress
-from timm.data import create_transform
+from support.reports import draw_picture, report, report_labels, write_files
+from timm.data import MultiLabelTarget, create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import s3n_timm
+from s3n_timm.checkpoints import is_multi_label as is_multi_label_model
 from s3n_timm.checkpoints import known_label_names
 from s3n_timm.config import ANSWERS
-from s3n_timm.data import load, part_names, read_stored, store_images
+from s3n_timm.data import class_names, is_multi_label, load, part_names, read_stored, store_images
 from s3n_timm.early_exit import choose_exit_entropy
 from s3n_timm.evaluation import (
     CALIBRATION,
     CROP_MODES,
-    OUTPUTS,
     UNITS,
     Crop,
-    ResultTable,
     as_plain,
     carry_annotations,
-    confused_pairs,
-    draw_confusions,
     measure_batch,
     measure_faithfulness,
-    result_tables,
+    measure_labels,
     summarize,
     summarize_faithfulness,
+    summarize_labels,
 )
 from s3n_timm.heads import NoResponseMap, inspect_head
 from s3n_timm.hub import count_parameters
@@ -68,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("weights", metavar="WEIGHTS", help="folder of s3n_timm.save, or hf-hub:USER/NAME")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="birds", help="birds, cub, aircraft, cars, folder, parquet or hub:NAME")
+    data.add_argument("--dataset", default="birds", help="birds, or as train.py has them: folder, multi-label, …")
     data.add_argument("--data-dir", help="folder of the data set; drawn birds and the Hub need none")
     data.add_argument("--split", default="test")
     data.add_argument("--val-fraction", type=float, default=0.0, metavar="PART",
@@ -148,8 +144,8 @@ def set_options(model: nn.Module, args: argparse.Namespace) -> None:
     if not model.num_classes:
         raise ValueError(f"WEIGHTS {args.weights} has no classifier, so there is nothing to measure.")
     exits = args.exit_entropy is not None or args.exit_loss is not None
-    if exits and not (is_s3n and "O" in model.config.branches):
-        raise ValueError("--exit-entropy and --exit-loss need an S3N with the O branch: leave them out.")
+    if exits and not (is_s3n and "O" in model.config.branches and not model.config.multi_label):
+        raise ValueError("--exit-entropy and --exit-loss need an S3N with the O branch and one label an image.")
     if args.partition_eval:
         if not has_peaks(model):
             raise ValueError(f"--partition-eval {args.partition_eval} needs a model with peaks: leave it out.")
@@ -203,7 +199,11 @@ def load_data(args: argparse.Namespace, model: nn.Module, data_config: dict[str,
 
 def match_classes(dataset: datasets.Dataset, model: nn.Module, args: argparse.Namespace) -> tuple[list[str], list[int]]:
     """The name of each class of the model, and the model's class of each class of the data set."""
-    names = list(map(str, dataset.features["label"].names))
+    names = list(map(str, class_names(dataset)))
+    if is_multi_label(dataset) != is_multi_label_model(model):
+        raise ValueError(f"--dataset {args.dataset} has one label an image and WEIGHTS any number, or the reverse.")
+    if is_multi_label(dataset) and args.faithfulness:
+        raise ValueError("--faithfulness follows one class an image: leave it out where images have several labels.")
     if len(names) != model.num_classes:
         raise ValueError(
             f"--dataset {args.dataset} has {len(names)} classes and WEIGHTS {args.weights} has {model.num_classes}: "
@@ -231,10 +231,15 @@ class TransformRows:
 
     def __init__(self, transform: Callable[[Any], Tensor], mode: str, classes: Sequence[int]) -> None:
         self.transform, self.mode, self.classes = transform, mode, classes
+        self.several = MultiLabelTarget(len(classes))
+
+    def read_label(self, label: int | list[int]) -> int | Tensor:
+        """The model's class of a label; of several labels C numbers, 1 for each of them and 0 elsewhere."""
+        return self.several([self.classes[each] for each in label]) if isinstance(label, list) else self.classes[label]
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         images = [read_stored(image, self.mode) for image in batch["image"]]
-        rows: dict[str, list] = dict(index=batch["index"], label=[self.classes[label] for label in batch["label"]])
+        rows: dict[str, list] = dict(index=batch["index"], label=list(map(self.read_label, batch["label"])))
         rows["sizes"] = [torch.tensor([image.height, image.width]) for image in images]
         rows["image"] = [self.transform(image) for image in images]
         if "box" in batch:
@@ -300,78 +305,6 @@ def keep_exit(folder: Path, exit_entropy: float | None) -> None:
     replace_text(folder / "config.json", json.dumps(config, indent=2))
 
 
-# files
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(["" if value is None else value for value in row] for row in rows)
-    replace_text(path, text.getvalue())
-
-
-def write_files(output: Path, results: dict[str, Any], records: dict[str, Tensor], names: list[str]) -> None:
-    labels, predictions = records["label"], records["prediction_answer"]
-    images = torch.bincount(labels, minlength=len(names)).tolist()
-    correct = torch.bincount(labels[labels == predictions], minlength=len(names)).tolist()
-    accuracy = [100 * right / count if count else None for right, count in zip(correct, images)]
-    write_csv(
-        output / "per_class.csv",
-        ("label", "name", "images", "correct", "accuracy"),
-        zip(range(len(names)), names, images, correct, accuracy),
-    )
-    pairs = confused_pairs(labels, predictions, len(names), k=len(names) ** 2).tolist()
-    write_csv(
-        output / "confused.csv",
-        ("label", "name", "prediction", "predicted_name", "count"),
-        ((label, names[label], taken, names[taken], count) for label, taken, count in pairs),
-    )
-    columns = dict(index=records["index"], label=labels, prediction=predictions)
-    columns["probability"] = records["logits"].double().softmax(1).amax(1)
-    columns |= {
-        f"correct_{name}": (records[f"prediction_{name}"] == labels).int()
-        for name in OUTPUTS if f"prediction_{name}" in records
-    }
-    columns |= {name: records[name] for name in ("entropy", "peaks", "hits") if name in records}
-    rows = {name: values.tolist() for name, values in columns.items()}
-    if "hits" in rows:  # an image whose box was cropped away has none
-        rows["hits"] = [hits if boxed else None for hits, boxed in zip(rows["hits"], records["boxed"].tolist())]
-    write_csv(output / "predictions.csv", list(rows), zip(*rows.values()))
-
-    # the last one: where it is, the others are complete
-    replace_text(output / "results.json", json.dumps(results, indent=1, allow_nan=False))
-
-
-def draw_picture(output: Path, records: dict[str, Tensor], names: list[str]) -> None:
-    with replacing_file(output / "confusion.png") as file:
-        figure = draw_confusions(records["label"], records["prediction_answer"], names)
-        figure.savefig(file, format="png", dpi=110)
-
-
-# tables
-
-
-def print_table(table: ResultTable, console: Console) -> None:
-    printed = Table(title=table.title, title_justify="left", title_style="bold")
-    for i, column in enumerate(table.header):
-        printed.add_column(column, justify="right" if i else "left")
-    for row in table.rows:
-        printed.add_row(*("–" if cell is None else escape(cell) for cell in row))
-    console.print(printed)
-
-
-def report(results: dict[str, Any], records: dict[str, Tensor], names: list[str], console: Console) -> None:
-    title = f"{results['weights']} on {results['dataset']}, {results['split']}: {results['images']} images"
-    console.print(title, style="bold", highlight=False, markup=False)
-    for table in result_tables(results["measures"]).values():
-        print_table(table, console)
-    pairs = confused_pairs(records["label"], records["prediction_answer"], len(names), k=5).tolist()
-    if pairs:
-        rows = [(names[label], names[taken], str(count)) for label, taken, count in pairs]
-        print_table(ResultTable("Most confused", ("label", "prediction", "images"), list(rows)), console)
-
-
 # main
 
 
@@ -398,9 +331,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     loader = accelerator.prepare(create_loader(dataset, rows, args, accelerator.device.type == "cuda"))
 
     model.to(accelerator.device)
-    crop = Crop.from_config(data_config)
+    crop, several = Crop.from_config(data_config), is_multi_label(dataset)
     started = time.monotonic()
-    records = measure(lambda batch: measure_batch(model, carry_annotations(batch, crop)), loader, args, accelerator)
+    measure_rows = measure_labels if several else measure_batch
+    records = measure(lambda batch: measure_rows(model, carry_annotations(batch, crop)), loader, args, accelerator)
     seconds = time.monotonic() - started
     curves: dict[str, Tensor] = {}
     if args.faithfulness:
@@ -414,7 +348,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise RuntimeError("Accelerate gave images twice, not at all or out of order: this is a bug.")
     with exiting_on(ValueError, OSError):
         exit_entropy = choose_exit(records, args)
-        measures = summarize(records, part_names(dataset), args.seed, exit_entropy)
+        if several:
+            measures = summarize_labels(records, names)
+        else:
+            measures = summarize(records, part_names(dataset), args.seed, exit_entropy)
         if curves:
             measures["faithfulness"] = as_plain(summarize_faithfulness(curves))
         run = dict(
@@ -430,16 +367,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             dataset=args.dataset,
             split=args.split,
             images=len(dataset),
-            units=UNITS,
+            units="%" if several else UNITS,
             model=as_plain(describe_model(model, data_config)),
             measures=measures,
             run=run,
         )
         if args.keep_exit:
             keep_exit(Path(args.weights), exit_entropy)
-        write_files(args.output, results, records, names)
-        report(results, records, names, Console())
-        draw_picture(args.output, records, names)
+        if several:
+            report_labels(results, args.output, Console())
+        else:
+            write_files(args.output, results, records, names)
+            report(results, records, names, Console())
+            draw_picture(args.output, records, names)
     print(f"{seconds:.0f} s, {len(dataset) / seconds:.1f} images a second. Files: {args.output}")
 
 

@@ -2,9 +2,10 @@
 
     accelerate launch examples/predict.py output/s3n/best photographs --output predictions
 
-One row per image: its label, probability, the five most probable labels, the entropy of the probabilities in nats,
-whether the original branch answered alone (early exit), the number of peaks, and the box of the stored image that each
-warp magnifies (s3n_timm.evaluation.magnified_boxes). An image that cannot be read has a row with the error, and the
+One row per image: its label, probability, the five most probable labels (each with a probability of its own, where the
+model gives several labels an image), the entropy of the probabilities in nats, whether the original branch answered
+alone (early exit), the number of peaks, and the box of the stored image that each warp magnifies
+(s3n_timm.evaluation.magnified_boxes). An image that cannot be read has a row with the error, and the
 exit status is 1. Rows are written in shards of --shard-size: after an interruption the same command goes on after the
 last complete shard. predictions.json records digests of the model and of the list of images; a later run that finds
 another model is refused, one that finds other images too, unless --append adds rows for the new ones.
@@ -43,6 +44,7 @@ import s3n_timm
 from s3n_timm.early_exit import answer_batch
 from s3n_timm.evaluation import Crop, magnified_boxes
 from s3n_timm.images import printable
+from s3n_timm.outputs import score_classes
 
 WRITERS = dict(parquet="to_parquet", csv="to_csv", jsonl="to_json")
 BRANCHES = ("discriminative", "complementary")
@@ -119,12 +121,12 @@ def answer(classifier: s3n_timm.Classifier, x: Tensor, sizes: Tensor) -> Answers
     model, x = classifier.model, classifier.to_model(x)
     none = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     if not isinstance(model, s3n_timm.S3N):
-        return Answers(model(x).float().softmax(1), none)
+        return Answers(score_classes(model(x), classifier.multi_label), none)
     if classifier.exit_entropy:
         prediction = answer_batch(model, x, classifier.exit_entropy)
         return Answers(prediction.probabilities, prediction.exited)
     logits, sample, _ = model.forward_branches(x, branches=model.answering)
-    probabilities = model.decide(logits).float().softmax(1)
+    probabilities = score_classes(model.decide(logits), classifier.multi_label)
     if sample is None:
         return Answers(probabilities, none)
     sizes, crop = sizes.to(x.device), Crop.from_config(classifier.data_config)
@@ -135,16 +137,21 @@ def answer(classifier: s3n_timm.Classifier, x: Tensor, sizes: Tensor) -> Answers
 # rows
 
 
-def make_rows(batch: Batch, answers: Answers | None, names: list[str]) -> Iterator[dict[str, Any]]:
+def make_rows(
+        batch: Batch, answers: Answers | None, classifier: s3n_timm.Classifier,
+) -> Iterator[dict[str, Any]]:
     """A row for every item of a batch, in order."""
-    known = iter(() if answers is None else describe(answers, names))
+    known = iter(() if answers is None else describe(answers, classifier))
     for (_, name), error in zip(batch.items, batch.errors):
         found = next(known) if error is None else dict(error=error.encode(errors="backslashreplace").decode())
         yield dict.fromkeys(FEATURES) | dict(image=printable(name)) | found
 
 
-def describe(answers: Answers, names: list[str]) -> Iterator[dict[str, Any]]:
-    entropy = torch.special.entr(answers.probabilities).sum(1).tolist()
+def describe(answers: Answers, classifier: s3n_timm.Classifier) -> Iterator[dict[str, Any]]:
+    names, entropies = classifier.label_names, torch.special.entr(answers.probabilities)
+    if classifier.multi_label:  # each class is there or not
+        entropies = entropies + torch.special.entr(1 - answers.probabilities)
+    entropy = entropies.sum(1).tolist()
     top = answers.probabilities.topk(min(5, len(names)))
     peaks = None if answers.peaks is None else answers.peaks.tolist()
     boxes = {branch: box.tolist() for branch, box in (answers.boxes or {}).items()}
@@ -163,7 +170,7 @@ class Writer:
     """Turns answers into rows and rows into shards, in a thread, while the next batches are computed."""
 
     def __init__(self, classifier: s3n_timm.Classifier, args: argparse.Namespace) -> None:
-        self.names, self.args = classifier.label_names, args
+        self.classifier, self.args = classifier, args
         self.thread = ThreadPoolExecutor(1)
         self.waiting: deque[Future] = deque()
         self.shard, self.rows = -1, list[dict[str, Any]]()
@@ -194,7 +201,7 @@ class Writer:
         if shard != self.shard:
             self._write()
         self.shard = shard
-        self.rows += make_rows(batch, answers, self.names)
+        self.rows += make_rows(batch, answers, self.classifier)
 
     def _write(self) -> None:
         if self.rows:
@@ -229,7 +236,7 @@ def find_shard(number: int, args: argparse.Namespace) -> Path | None:
 
 def digest_model(classifier: s3n_timm.Classifier) -> str:
     """Of all that answers depend on: weights, preprocessing, names and threshold, wherever they were loaded from."""
-    about = [classifier.data_config, classifier.label_names, classifier.exit_entropy]
+    about = [classifier.data_config, classifier.label_names, classifier.exit_entropy, classifier.multi_label]
     sha256 = hashlib.sha256(json.dumps(about, default=str).encode())
     for name, tensor in sorted(classifier.model.state_dict().items()):
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -37,6 +37,7 @@ from support.launching import (
     use_cpu_threads,
 )
 from support.loaders import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
+from support.losses import create_criterion, list_class_weights
 from support.progress import progress as show_progress
 from support.results import evaluate, finish_training
 from support.run import Exchange, Run, unwrap
@@ -50,7 +51,8 @@ from torch import Tensor, nn
 
 import s3n_timm
 from s3n_timm import S3N
-from s3n_timm.checkpoints import label_names
+from s3n_timm.checkpoints import label_names, mark_multi_label
+from s3n_timm.data import class_names
 from s3n_timm.images import image_mode, input_config
 
 # model
@@ -67,6 +69,8 @@ def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accele
     else:
         options.update(preset=args.preset, branches=args.branches, attention=args.attention, answer=args.answer)
         model = timm.create_model("s3n", backbone=args.backbone, **options, **args.model_kwargs)
+    if args.dataset == "multi-label":
+        mark_multi_label(model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.sync_bn and accelerator.num_processes > 1:
@@ -275,7 +279,7 @@ def finish_epoch(run: Run, epoch: int, loader: TrainLoader, val_loader: Any, sta
     head = f"epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}"
     for name, metrics in top1.items():
         text = ", ".join(f"{branch} {value:.1f}" for branch, value in metrics.items())
-        text = f"{run.watched} top-1 % {text}" if name == "live" else f"averaged weights {text}"
+        text = f"{run.watched} {run.metric} % {text}" if name == "live" else f"averaged weights {text}"
         accelerator.print(f"{head}  {text}  ({time.monotonic() - started:.0f} s)")
         row |= {f"{run.watched}_{branch}{'' if name == 'live' else '_ema'}": v for branch, v in metrics.items()}
     if not top1:
@@ -354,14 +358,16 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
     with exiting_on(ValueError, TypeError, OSError, RuntimeError):
         with accelerator.main_process_first():
             splits = load_splits(args)
-        names = splits["train"].features["label"].names
+        names = class_names(splits["train"])
         if len(names) < 2:
             raise ValueError(f"--dataset {args.dataset} has one class, {names[0]!r}: there is nothing to tell apart.")
+        class_weights = list_class_weights(args, names, splits["train"])
         model = create_model(args, len(names), accelerator)
         evaluation = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
         data_config = input_config(model, evaluation)
         refuse_single_values(model, args, data_config["input_size"])
-        held = dict(trajectory(args, accelerator.num_processes), classes=names, images=describe_images(splits))
+        held = dict(trajectory(args, accelerator.num_processes), classes=names, images=describe_images(splits),
+                    class_weights=class_weights)
         checkpoint, notes = find_checkpoint(args.output, args.resume, held)
         shared = {name: data_config[name] for name in ("input_size", "interpolation", "mean", "std")}
         augment = create_transform(
@@ -391,13 +397,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
         updates_per_epoch=train_loader.updates_per_epoch,
     )
     bare = unwrap(model, accelerator)
+    criterion = create_criterion(args, class_weights).to(accelerator.device)
     mixup: Mixup | SnapMix | None = None
     if args.mixup or args.cutmix:
-        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=len(names))
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=len(names),
+                      multi_label=criterion.multi_label)
     elif args.snapmix:
         mixup = SnapMix(bare, args.snapmix)
     ema = ModelEmaV3(bare, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
-    criterion = s3n_timm.S3NLoss(args.smoothing, args.distillation, args.temperature)
     run = Run(args, accelerator, model, ema, criterion, optimizer, scheduler, mixup, teacher, Progress(), held, names,
               data_config, stop)
     progress = run.progress

@@ -31,6 +31,7 @@ _logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 CLASSIFIERS = ("classifier.discriminative", "classifier.complementary", "fusion")  # beside the backbone's own
+MULTI_LABEL = "problem_type: multi_label_classification"  # a plain model's note: timm's cfg has no such field
 MAX_TENSORS = 5_000  # large models of timm have some 1,200
 MAX_PARAMETERS = 5_000_000_000  # timm's largest has 4.4 billion
 MAX_INPUT = 3 * MAX_BUILT_SIZE**2  # numbers of an input image: a backbone reads one while it is built
@@ -49,6 +50,21 @@ def known_label_names(model: nn.Module) -> dict[int, str]:
     # a classifier of another size is a new one, whose first class is not the first of the names
     fits = cfg.get("num_classes", classes) == classes or len(names) == len(known) == classes
     return known if fits else {}
+
+
+def is_multi_label(model: nn.Module) -> bool:
+    """Whether a model was trained for any number of labels an image, so that its scores are sigmoids."""
+    if isinstance(model, S3N):
+        return model.config.multi_label
+    return MULTI_LABEL in ((getattr(model, "pretrained_cfg", None) or {}).get("notes") or ())
+
+
+def mark_multi_label(model: Any) -> None:
+    """Make a model, an S3N or a plain one, remember through saving and loading that it is `is_multi_label`."""
+    if isinstance(model, S3N):
+        model.configure(multi_label=True)
+    else:
+        model.pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {}, notes=[MULTI_LABEL])
 
 
 def label_names(model: nn.Module) -> list[str]:
@@ -365,6 +381,7 @@ _CFG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a module's name or a list of names",
     ),
     "label_names": (lambda value: isinstance(value, (tuple, list, dict)), "a list of names"),
+    "notes": (lambda value: isinstance(value, (tuple, list, str)), "a list of texts"),
 }
 
 

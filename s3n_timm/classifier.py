@@ -8,12 +8,12 @@ import torch
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from .checkpoints import label_names
+from .checkpoints import is_multi_label, label_names
 from .early_exit import answer_batch
 from .hub import load_model
 from .images import ImageLike, image_mode, input_config, read_image
 from .model import S3N
-from .outputs import Explanation
+from .outputs import Explanation, score_classes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,11 +47,12 @@ class Classifier:
         data_config: its preprocessing, as timm describes it.
         transform: that preprocessing, of a PIL image of that mode.
         label_names: a name for each class; its number where the model knows none.
+        multi_label: the model was trained for any number of labels an image, and gives each a probability of its own.
 
     Raises:
         ValueError: the model can't be loaded, has no classifier, or neither 1 nor 3 input channels; `batch_size` is
             not positive; or `exit_entropy` is negative or no number, or asked of a model that is no S3N with the O
-            branch.
+            branch and one label an image.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Classifier:
         self.batch_size = batch_size
         self.transform = create_transform(**self.data_config)
         self.label_names = label_names(model)
+        self.multi_label = is_multi_label(model)
 
     @classmethod
     def from_pretrained(
@@ -129,7 +131,7 @@ class Classifier:
             if self.exit_entropy and isinstance(self.model, S3N):
                 probabilities = answer_batch(self.model, x, self.exit_entropy).probabilities
             else:
-                probabilities = self.model(x).float().softmax(1)
+                probabilities = score_classes(self.model(x), self.multi_label)
             parts.append(probabilities.float().cpu())
         return torch.cat(parts)
 
@@ -192,12 +194,12 @@ class Classifier:
 
 def _exit_entropy(model: nn.Module, asked: float | None) -> float:
     able, stated = False, None
-    if isinstance(model, S3N) and "O" in model.config.branches:
+    if isinstance(model, S3N) and "O" in model.config.branches and not model.config.multi_label:
         able, stated = True, model.config.exit_entropy
     name, value = ("exit_entropy of config.json", stated) if asked is None else ("exit_entropy", asked)
     value = 0.0 if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ValueError(f"{name} must be at least 0 nats, got {value!r}.")
     if value and not able:
-        raise ValueError("exit_entropy needs an S3N with the O branch, which answers confident images: leave it out.")
+        raise ValueError("exit_entropy needs an S3N with the O branch and one label an image: leave it out.")
     return float(value)

@@ -121,6 +121,12 @@ def _read_entropy(name: str, value: Any) -> Any:
     return None if value is None else check_number(name, value, 0, MAX_SCALE)
 
 
+def _read_switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {reprlib.repr(value)}.")
+    return value
+
+
 def _read_arguments(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{name} must map names to values, got {reprlib.repr(value)}.")
@@ -181,6 +187,9 @@ class S3NConfig:
         "What a call gives in eval mode: the logits of the fusion layer; the geometric mean of the probabilities of "
         "all outputs, see `mean_answer`; or the logits of one of `branches`. A branch is read only if the answer "
         "needs it: `'original'` takes one pass.")
+    multi_label: bool = _option(
+        False, "An image has any number of labels: its scores are sigmoids of the logits. The gate still takes their "
+        "softmax, which only chooses the maps that say where to look.", _read_switch)
     exit_entropy: float | None = _option(
         None, "τ in nats: `Classifier` and predict.py answer an image whose original branch has less entropy by that "
         "branch alone; None reads all branches for every image.", _read_entropy)
@@ -200,6 +209,9 @@ class S3NConfig:
         if self.answer not in ("joint", "mean") and self.answer[0].upper() not in self.branches:
             raise ValueError(
                 f"answer={self.answer!r} needs that branch, and this model has branches={self.branches!r}.")
+
+        if self.multi_label and self.exit_entropy:
+            raise ValueError("exit_entropy judges by the probabilities of one label an image: set it to None.")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON has them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .layout import GAP, LARGE, LINE, SMALL, Block, create_tiles, fit_line, name_row, show, write
 from .model import S3N, Explanation
-from .outputs import S3NLogits
+from .outputs import S3NLogits, score_classes
 from .sampling import BRANCHES, SelectiveSample
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def draw_explanation(
         if logits is None:  # under branches="D+C" the original finds the peaks alone
             tiles[-1].remove()
             continue
-        probabilities = logits[0].float().softmax(0).cpu()
+        probabilities = score_classes(logits, model.config.multi_label)[0].cpu()
         label = int(probabilities.argmax())
         title = _describe(label, probabilities, label_names, side, start="map: ")
         show(tiles[-1], overlay(seen.pixels[branch], seen.maps[branch][0, label]), title)
@@ -340,7 +340,7 @@ def _see(
         sample=seen.sample,
         logits=seen.logits,
         maps=seen.maps,
-        probabilities=model.decide(seen.logits)[0].float().softmax(0).cpu(),
+        probabilities=score_classes(model.decide(seen.logits), model.config.multi_label)[0].cpu(),
     )
 
 

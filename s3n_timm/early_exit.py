@@ -28,8 +28,8 @@ def answer_batch(model: S3N, images: Tensor, exit_entropy: float | None = None) 
 
     Raises:
         TypeError: the images are no floats, or not of the weights' precision.
-        ValueError: the model is in train mode, has no classes, or has no O branch to exit from; `exit_entropy` is
-            negative; or the images are not B×3×H×W and finite.
+        ValueError: the model is in train mode, has no classes, several labels an image or no O branch to
+            exit from; `exit_entropy` is negative; or the images are not B×3×H×W and finite.
 
     Example:
         >>> model = S3N("test_resnet", num_classes=5).eval()
@@ -41,6 +41,8 @@ def answer_batch(model: S3N, images: Tensor, exit_entropy: float | None = None) 
         raise ValueError("early exit needs a model in eval mode: call model.eval() first.")
     if model.num_classes == 0:
         raise ValueError("early exit needs a classifier: this model has num_classes=0.")
+    if model.config.multi_label:
+        raise ValueError("early exit judges by the probabilities of one label an image, and this model gives several.")
     if "O" not in model.config.branches:
         raise ValueError(f"early exit needs the O branch, and this model has branches={model.config.branches!r}.")
     if exit_entropy is not None and not exit_entropy >= 0:

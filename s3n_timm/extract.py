@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import get_model_input_config
 from torch import nn
 
-from .checkpoints import known_label_names
+from .checkpoints import known_label_names, mark_multi_label
 from .checkpoints import label_names as names_of
 from .images import input_config
 from .model import S3N
@@ -69,5 +69,7 @@ def extract_backbone(
     )
     if label_names is not None:
         backbone.pretrained_cfg["label_names"] = list(map(str, label_names))
+    if model.config.multi_label:
+        mark_multi_label(backbone)
     backbone.default_cfg = backbone.pretrained_cfg
     return backbone

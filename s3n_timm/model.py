@@ -281,7 +281,7 @@ class S3N(nn.Module):
     def decide(self, logits: S3NLogits, answer: str | None = None) -> Tensor:
         """The B×C logits that are the prediction, by `answer`, the model's own by default."""
         answer = self.config.answer if answer is None else answer
-        return mean_answer(logits) if answer == "mean" else getattr(logits, answer)
+        return mean_answer(logits, self.config.multi_label) if answer == "mean" else getattr(logits, answer)
 
     @torch.no_grad()
     def explain(self, x: Tensor) -> Explanation:

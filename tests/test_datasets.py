@@ -18,11 +18,14 @@ from s3n_timm.data import (
     cars,
     check_counts,
     check_disjoint,
+    class_names,
     cub,
     has_validation,
     hub,
     image_folder,
+    is_multi_label,
     load,
+    multi_label_folder,
     parquet,
     part_names,
 )
@@ -811,7 +814,8 @@ def test_load_others(aircraft_dir, cars_dir, parquet_dir):
 def test_load_faults(tmp_path):
     for name in ("dogs", "hub", "hub:", "cub:"):
         message = (
-            f"name must be 'birds', 'cub', 'aircraft', 'cars', 'folder', 'parquet' or 'hub:NAME', got {name!r}."
+            f"name must be 'birds', 'cub', 'aircraft', 'cars', 'folder', 'multi-label', 'parquet' or 'hub:NAME', "
+            f"got {name!r}."
         )
         fails(ValueError, message, load, name)
     message = f"data_dir must be left out for 'hub:a/b', which names its own source, got {str(tmp_path)!r}."
@@ -837,3 +841,72 @@ def test_cub50(split, num_images):
     assert (boxes[:, :2] < boxes[:, 2:]).all()
     assert (boxes[:, 2:] <= sizes).all()
     assert dataset[0]["image"].size == tuple(sizes[0])
+
+
+# several labels an image
+
+
+def write_metadata(folder, text, *images):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.csv").write_text(text, encoding="utf-8")
+    for i, name in enumerate(images):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), (i, 0, 0)).save(folder / name)
+
+
+def test_multi_label_folder_reads_the_names_between_bars(tmp_path):
+    write_metadata(tmp_path / "train", "\ufeffnote,file_name,labels\nx,b.png,wren | owl\n,sub/a.png,\n,c.png,kite\n",
+                   "b.png", "sub/a.png", "c.png")
+    write_metadata(tmp_path / "val", "file_name,labels\nv.png,owl\n", "v.png")
+    write_metadata(tmp_path / "test", 'file_name,labels\nt.png,"owl|kite"\n', "t.png")
+    train = load("multi-label", tmp_path, "train", verify=True)
+    assert class_names(train) == ["kite", "owl", "wren"]
+    assert is_multi_label(train)
+    assert train["label"][:] == [[2, 1], [], [0]]
+    assert [image.size for image in train["image"][:]] == [(8, 6)] * 3
+    assert has_validation("multi-label", tmp_path)
+    for split, labels in (("validation", [[1]]), ("test", [[1, 0]])):
+        part = load("multi-label", tmp_path, split)
+        assert part["label"][:] == labels
+        assert part.features == train.features
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file_name,owl,wren\na.png,1,0\n", "it has no column labels"),
+        ("image,labels\na.png,owl\n", "it has no column file_name"),
+        ("", "it has no column file_name"),
+        ("file_name,labels\n", "names no image"),
+        ("file_name,labels\na.png,\n", "has no label"),
+        ("file_name,labels\na.png,owl;wren\n", "be separated by"),
+        ('file_name,labels\na.png,"owl,wren"\n', "be separated by"),
+        ("file_name,labels\na.png,['owl']\n", "be separated by"),
+        ("file_name,labels\na.png,owl||wren\n", "be separated by"),
+        ("file_name,labels\na.png,owl|owl\n", "names must differ"),
+        ("file_name,labels\na.png,owl,wren\n", "line 2 has another number of columns"),
+        ("file_name,labels\na.png\n", "line 2 has another number of columns"),
+        ("file_name,labels\n../a.png,owl\n", "no path inside of this folder"),
+        ("file_name,labels\n,owl\n", "no path inside of this folder"),
+        ("file_name,labels\na.png,owl\na.png,wren\n", "line 3 names a.png again"),
+        ("file_name,labels\nb.png,owl\n", "b.png does not exist"),
+        ("file_name,labels\na.png,owl\n", "more.png has no row in metadata.csv"),
+        ('file_name,labels\na.png,"owl\n', "cannot be read"),
+    ],
+)
+def test_multi_label_folder_refuses_other_forms(tmp_path, text, said):
+    write_metadata(tmp_path, text, "a.png", "more.png")
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(said)):
+        multi_label_folder(tmp_path)
+
+
+def test_multi_label_folder_refuses_a_class_that_is_not_trained(tmp_path):
+    write_metadata(tmp_path / "train", "file_name,labels\na.png,owl\n", "a.png")
+    write_metadata(tmp_path / "test", "file_name,labels\na.png,kite\n", "a.png")
+    with pytest.raises(ValueError, match="'kite', which no training image has"):
+        multi_label_folder(tmp_path, "test")
+    (tmp_path / "test" / "metadata.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"metadata.csv does not exist"):
+        multi_label_folder(tmp_path, "test")
+    with pytest.raises(FileNotFoundError, match="no folder for the split 'validation'"):
+        multi_label_folder(tmp_path, "validation")

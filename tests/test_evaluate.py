@@ -904,7 +904,7 @@ def test_numbers_are_written_and_printed_before_the_picture(weights, run, tmp_pa
     def fail(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(evaluate, "draw_confusions", fail)
+    monkeypatch.setattr(reports, "draw_confusions", fail)
     with pytest.raises(SystemExit, match="no space left"):
         run(weights, "--num-images", 6)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["images"] == 6

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
 
 from s3n_timm import S3NLogits, S3NLoss
 
@@ -126,3 +127,126 @@ def test_a_teacher_replaces_the_other_outputs():
 def test_distillation_is_refused(weight):
     with pytest.raises(ValueError, match="distillation must be a weight of at least 0"):
         S3NLoss(distillation=weight)
+
+
+WEIGHTS = [0.5, 2.0, 1.0, 0.0]
+
+
+def gradients(loss, outputs, target):
+    outputs = S3NLogits(*(output.clone().requires_grad_() for output in outputs))
+    loss(outputs, target).backward()
+    return [output.grad for output in outputs]
+
+
+def test_class_weights_multiply_the_loss_of_their_images_in_every_term():
+    outputs = logits()
+    by_hand = sum(WEIGHTS[label] * -output[row].log_softmax(0)[label]
+                  for output in outputs for row, label in enumerate(TARGET.tolist())) / len(TARGET)
+    torch.testing.assert_close(S3NLoss(class_weights=WEIGHTS)(outputs, TARGET), by_hand)
+    torch.testing.assert_close(S3NLoss(0.1, class_weights=[1.0] * 4)(outputs, TARGET), S3NLoss(0.1)(outputs, TARGET))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_class_of_weight_zero_teaches_nothing(soft):
+    """The third image is of the fourth class, whose weight is 0."""
+    target = F.one_hot(TARGET, 4).double() if soft else TARGET
+    for weighted, plain in zip(gradients(S3NLoss(class_weights=WEIGHTS), logits(), target),
+                               gradients(S3NLoss(), logits(), target)):
+        assert weighted[2].abs().max() == 0 < plain[2].abs().min()
+        torch.testing.assert_close(weighted[:2], plain[:2] * torch.tensor([[1.0], [0.5]]).double())
+
+
+def test_weighted_loss_of_a_batch_is_the_mean_of_its_parts():
+    """Whatever processes and accumulation steps an update is divided among."""
+    outputs, loss = logits(), S3NLoss(0.1, class_weights=WEIGHTS)
+    parts = [loss(S3NLogits(*(output[i:i + 1] for output in outputs)), TARGET[i:i + 1]) for i in range(3)]
+    torch.testing.assert_close(loss(outputs, TARGET), sum(parts) / 3)
+    torch.testing.assert_close(loss(outputs, F.one_hot(TARGET, 4).double()), sum(parts) / 3)
+
+
+def binary(output, target, weights=(1.0,) * 4):
+    """Each class on its own, one number at a time."""
+    total = 0.0
+    for row, wanted in zip(output, target):
+        for c in range(4):
+            p = 1 / (1 + (-row[c]).exp())
+            total = total - weights[c] * wanted[c] * p.log() - (1 - wanted[c]) * (1 - p).log()
+    return total / len(output) / 4
+
+
+LABELS = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
+
+
+def test_binary_cross_entropy_of_one_and_of_several_labels():
+    outputs, one_hot = logits(), F.one_hot(TARGET, 4).double()
+    torch.testing.assert_close(S3NLoss(bce=True)(outputs, TARGET), sum(binary(each, one_hot) for each in outputs))
+    torch.testing.assert_close(S3NLoss(bce=True)(outputs, one_hot), S3NLoss(bce=True)(outputs, TARGET))
+    several = S3NLoss(multi_label=True)(outputs, LABELS)
+    torch.testing.assert_close(several, sum(binary(each, LABELS) for each in outputs))
+    torch.testing.assert_close(S3NLoss(multi_label=True, bce_sum=True)(outputs, LABELS), 4 * several)
+    torch.testing.assert_close(S3NLoss(multi_label=True)(outputs.joint, LABELS), binary(outputs.joint, LABELS))
+
+
+def test_binary_smoothing_is_that_of_timm():
+    output = logits().joint.float()
+    theirs = BinaryCrossEntropy(0.1)(output, TARGET)
+    torch.testing.assert_close(S3NLoss(0.1, bce=True)(output, TARGET), theirs)
+    torch.testing.assert_close(S3NLoss(0.1, bce=True)(output, F.one_hot(TARGET, 4).float()), theirs)  # before a mixture
+    torch.testing.assert_close(S3NLoss(0.1, multi_label=True)(output, LABELS.float()),
+                               BinaryCrossEntropy(0.1, smooth_dense=True)(output, LABELS.float()))
+    # per output, as the original smooths
+    one_hot = F.one_hot(TARGET, 4).double()
+    expected = sum(binary(each, one_hot * 0.85 + 0.15 / 4 if name in S3NLoss.ORIGINAL else one_hot)
+                   for name, each in logits()._asdict().items())
+    torch.testing.assert_close(S3NLoss(S3NLoss.ORIGINAL, bce=True)(logits(), TARGET), expected)
+
+
+def test_binary_threshold_makes_mixed_targets_whole():
+    outputs, one_hot = logits(), F.one_hot(TARGET, 4).double()
+    mixed = 0.7 * one_hot + 0.3 * one_hot.flip(0)
+    both = S3NLoss(bce=True, bce_target_thresh=0.2)(outputs, mixed)
+    torch.testing.assert_close(both, sum(binary(each, ((one_hot + one_hot.flip(0)) > 0).double()) for each in outputs))
+    torch.testing.assert_close(S3NLoss(bce=True, bce_target_thresh=0.5)(outputs, mixed),
+                               S3NLoss(bce=True)(outputs, TARGET))
+
+
+def test_class_weights_of_binary_cross_entropy_weigh_images_that_show_the_class():
+    outputs = logits()
+    expected = sum(binary(each, LABELS, WEIGHTS) for each in outputs)
+    torch.testing.assert_close(S3NLoss(multi_label=True, class_weights=WEIGHTS)(outputs, LABELS), expected)
+    for weighted in gradients(S3NLoss(multi_label=True, class_weights=WEIGHTS), outputs, LABELS):
+        assert weighted[2, 3] == 0  # shows the fourth class, whose weight is 0
+        assert weighted[0, 3] > 0  # does not show it
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(class_weights=[1.0, -1.0]), "class_weights"),
+        (dict(class_weights=[1.0, float("nan")]), "class_weights"),
+        (dict(class_weights=[0.0, 0.0]), "not all 0"),
+        (dict(class_weights=[]), "class_weights"),
+        (dict(bce_sum=True), "options of bce"),
+        (dict(bce_target_thresh=0.2), "options of bce"),
+        (dict(bce=True, distillation=1.0), "distillation"),
+        (dict(multi_label=True, distillation=1.0), "distillation"),
+    ],
+)
+def test_what_does_not_combine_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        S3NLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "said"),
+    [
+        (dict(class_weights=[1.0, 2.0]), TARGET, "2 weights for 4 classes"),
+        (dict(multi_label=True), TARGET, "B×C floats"),
+        (dict(multi_label=True), LABELS.long(), "B×C floats"),
+        (dict(bce=True), torch.tensor([0, 1, 4]), "from 0 to 3"),
+        (dict(bce=True), torch.tensor([0, 1, -1]), "from 0 to 3"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(options, target, said):
+    with pytest.raises(ValueError, match=said):
+        S3NLoss(**options)(logits(), target)

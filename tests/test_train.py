@@ -128,6 +128,8 @@ def test_a_seed_repeats_a_run_and_another_does_not(trained, tmp_path):
         ["--opt", "adamw"],
         ["--balanced"],
         ["--smoothing", 0.1],
+        ["--bce-loss"],
+        ["--bce-loss", "--bce-sum", "--smoothing", 0.1, "--mixup", 0.4, "--bce-target-thresh", 0.2],
         ["--distillation", 1],
         ["--clip-grad", 0.1],
         ["--attention", "saliency"],

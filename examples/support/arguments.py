@@ -44,7 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     on_off = argparse.BooleanOptionalAction
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="birds", help="birds, cub, aircraft, cars, folder, parquet or hub:NAME")
+    data.add_argument("--dataset", default="birds",
+                      help="birds, cub, aircraft, cars, folder, multi-label, parquet or hub:NAME")
     data.add_argument("--data-dir", help="folder of the data set; not for birds and hub:NAME")
     data.add_argument("--num-images", type=int, help="size of the drawn training set, or of a stream's epoch")
     data.add_argument("--num-classes", type=int, default=8, help="classes of the drawn birds")
@@ -112,6 +113,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--decay-milestones", type=int, nargs="+", default=[], metavar="EPOCH",
                        help="epochs at which --sched multistep decays the rate")
     train.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
+    train.add_argument("--class-weights", metavar="WEIGHTS",
+                       help="weights of the classes in the loss: balanced, by their training images, or a file: "
+                            ".csv with the columns class and weight, or .json with names and numbers")
+    train.add_argument("--bce-loss", action="store_true", help="binary cross-entropy of every class, as timm has it")
+    train.add_argument("--bce-sum", action="store_true", help="sum that loss over the classes instead of its mean")
+    train.add_argument("--bce-target-thresh", type=float, metavar="SHARE",
+                       help="with --bce-loss: labels of mixed images count whole above this share, and else not at all")
     train.add_argument("--distillation", type=float, default=0.0,
                        help="weight of the original branch's distillation from the other outputs, or from --teacher")
     train.add_argument("--temperature", type=float, default=1.0, help="temperature of the distillation")
@@ -145,6 +153,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         recipe.pop("model_kwargs", None)  # meant for the recipe's own backbone
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
+    args.bce_loss |= args.dataset == "multi-label"
     args.pretrained = args.pretrained or args.pretrained_path is not None
     _check(args, parser)
     return args
@@ -227,7 +236,28 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--teacher needs the weight of its loss: give --distillation, such as 1.")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--mixup and --cutmix mix pairs: --batch-size must be even, got {args.batch_size}.")
+    if args.class_weights not in (None, "balanced"):
+        if Path(args.class_weights).suffix.lower() not in (".csv", ".json"):
+            parser.error(f"--class-weights must be balanced, or a .csv or .json file, got {args.class_weights}.")
+        if not Path(args.class_weights).is_file():
+            parser.error(f"--class-weights {args.class_weights} is not a file.")
+    if args.class_weights == "balanced" and args.balanced:
+        parser.error("--balanced draws all classes equally often already: leave out --class-weights balanced.")
+    if not args.bce_loss and (args.bce_sum or args.bce_target_thresh is not None):
+        parser.error("--bce-sum and --bce-target-thresh need --bce-loss.")
+    if args.bce_target_thresh is not None and not 0 <= args.bce_target_thresh < 1:
+        parser.error(f"--bce-target-thresh must lie in [0, 1), got {args.bce_target_thresh}.")
+    if args.bce_loss and args.distillation:
+        parser.error("--distillation compares probabilities of one label an image: leave it out with binary "
+                     "cross-entropy, by --bce-loss or --dataset multi-label.")
+    if args.bce_loss and args.snapmix:
+        parser.error("--snapmix gives labels weights that may exceed 1: leave it out with binary cross-entropy, by "
+                     "--bce-loss or --dataset multi-label.")
+    if args.dataset == "multi-label" and args.balanced:
+        parser.error("--balanced draws by the one label of an image: with --dataset multi-label use --class-weights.")
     if args.streaming:
+        if args.class_weights == "balanced":
+            parser.error("--class-weights balanced counts all labels: leave out --streaming, or give a file.")
         if not args.dataset.startswith("hub:"):
             parser.error("--streaming reads --dataset hub:NAME, or hub:FOLDER, only.")
         if args.balanced:

@@ -17,10 +17,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from datasets.distributed import split_dataset_by_node
+from timm.data import MultiLabelTarget
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from s3n_timm.data import check_disjoint, has_validation, load, read_stored, store_images
+from s3n_timm.data import (
+    check_disjoint,
+    class_names,
+    has_validation,
+    is_multi_label,
+    load,
+    read_stored,
+    store_images,
+)
 
 Transform = Callable[[Any], Tensor]
 
@@ -65,9 +74,10 @@ def spread_over(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
 
 
 def hold_out(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training images without a part of every class, and that part."""
+    """Training images without a part of every class, and that part; a part of all, where images have several labels."""
+    column = None if is_multi_label(train) else "label"  # images with several labels have no one class to divide by
     try:
-        parts = train.train_test_split(fraction, stratify_by_column="label", seed=seed)
+        parts = train.train_test_split(fraction, stratify_by_column=column, seed=seed)
     except ValueError as error:
         raise ValueError(f"--val-fraction {fraction} cannot be held out of training: {error}") from error
     return parts["train"], parts["test"]
@@ -110,17 +120,24 @@ def read_row(row: dict[str, Any], transform: Transform, mode: str) -> dict[str, 
     return dict(image=transform(read_stored(row["image"], mode)), label=row["label"])
 
 
+def label_reader(split: Any) -> Callable[[Any], Any]:
+    """What makes the target of a row's label: of several labels C numbers, 1 for each label and 0 elsewhere."""
+    return MultiLabelTarget(len(class_names(split))) if is_multi_label(split) else int
+
+
 class TrainingImages(Dataset):
     """Augmented images by (index, place in training)."""
 
     def __init__(self, images: datasets.Dataset, transform: Transform, seed: int, mode: str) -> None:
         self.images = store_images(images.select_columns(["image", "label"]))
         self.transform, self.seed, self.mode = transform, seed, mode
+        self.read_label = label_reader(images)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, place = key
         with drawing_from(self.seed, place):
-            return read_row(self.images[index], self.transform, self.mode)
+            row = read_row(self.images[index], self.transform, self.mode)
+        return dict(row, label=self.read_label(row["label"]))
 
 
 class TrainingSampler(Sampler[tuple[int, int]]):
@@ -169,12 +186,12 @@ class StreamedTraining:
 class EvaluationBatch:
     """Transforms the rows of a batch."""
 
-    def __init__(self, transform: Transform, mode: str) -> None:
-        self.transform, self.mode = transform, mode
+    def __init__(self, transform: Transform, mode: str, read_label: Callable[[Any], Any]) -> None:
+        self.transform, self.mode, self.read_label = transform, mode, read_label
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         images = [self.transform(read_stored(image, self.mode)) for image in batch["image"]]
-        return dict(image=images, label=batch["label"])
+        return dict(image=images, label=[self.read_label(label) for label in batch["label"]])
 
 
 # loaders
@@ -212,7 +229,8 @@ class TrainLoader:
             self.split = split_dataset_by_node(split, accelerator.process_index, accelerator.num_processes)
             self.transform = transform
             return
-        labels = torch.as_tensor(split.with_format(None)["label"][:])
+        # only --balanced, which images with several labels can't have, looks at them
+        labels = torch.as_tensor([0] * count if is_multi_label(split) else split.with_format(None)["label"][:])
         length = self.updates_per_epoch * self.images_per_update
         self.sampler = TrainingSampler(labels, length, args.seed, args.balanced)
         loader = DataLoader(
@@ -264,7 +282,7 @@ def create_eval_loader(
 ) -> Any:
     """A loader prepared by Accelerate, for `gather_for_metrics`."""
     images = store_images(split.select_columns(["image", "label"]))
-    transform_batch = EvaluationBatch(transform, mode)
+    transform_batch = EvaluationBatch(transform, mode, label_reader(split))
     if isinstance(split, datasets.Dataset):
         images = images.with_transform(transform_batch)
     else:

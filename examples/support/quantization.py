@@ -28,7 +28,7 @@ from rich.table import Table
 from support.files import replacing_file
 from torch import Tensor
 
-from s3n_timm.data import load, store_images
+from s3n_timm.data import is_multi_label, load, store_images
 
 Run = Callable[[Tensor], Tensor]
 LINEAR = ("MatMul", "Gemm")
@@ -59,6 +59,8 @@ def load_labelled(
     if args.dataset == "birds":
         options = dict(num_images=count or 200, num_classes=num_classes)
     dataset = load(args.dataset, args.data_dir, split, **options)
+    if is_multi_label(dataset):
+        raise ValueError(f"--dataset {args.dataset} has several labels an image: quantization is measured by top-1.")
     classes = len(dataset.features["label"].names)
     if classes != num_classes:
         raise ValueError(f"--dataset {args.dataset} has {classes} classes, WEIGHTS {args.weights} has {num_classes}.")

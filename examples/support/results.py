@@ -19,12 +19,17 @@ from torch import Tensor, nn
 import s3n_timm
 from s3n_timm import S3N
 from s3n_timm.draw import draw_explanation
+from s3n_timm.evaluation import mean_average_precision
 from s3n_timm.images import image_mode, input_config
 
 
 @torch.inference_mode()
 def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[str, float] | None:
-    """Top-1 accuracy in % of every output, each image counted once; None where a signal stopped it."""
+    """`run.metric` in % of every output, each image counted once; None where a signal stopped it.
+
+    With several labels an image it is the mean of the classes' average precision, without classes that no image of the
+    split shows.
+    """
     accelerator = run.accelerator
     model.eval()
     bare = unwrap(model, accelerator)
@@ -40,15 +45,22 @@ def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[st
             known = output._asdict() | {bare.config.answer: bare.decide(output)}
         known = {name: logits for name, logits in known.items() if logits is not None}
         names = list(known)
-        columns = [logits.argmax(1) == batch["label"] for logits in known.values()]
-        columns.append(torch.full_like(columns[0], run.stop.name is not None))
-        hits.append(accelerator.gather_for_metrics(torch.stack(columns, 1)))
+        label = batch["label"]
+        if run.multi_label:  # the labels once, for the ranking of all images
+            columns = torch.stack([*(logits.float() for logits in known.values()), label], 1)
+        else:
+            columns = torch.stack([logits.argmax(1) == label for logits in known.values()], 1)
+        columns = torch.cat([columns, torch.full_like(columns[:, :1], run.stop.name is not None)], 1)
+        hits.append(accelerator.gather_for_metrics(columns))
         if len(hits) > 1 and hits[-2][:, -1].any():  # one batch late, as in training
             return None
     if isinstance(bare, S3N):
         bare.set_branch_logits(None)
-    means = 100 * torch.cat(hits)[:, :-1].double().mean(0)
-    return dict(zip(names, means.tolist()))
+    found = torch.cat(hits)[:, :-1]
+    if run.multi_label:
+        *outputs, labels = found.cpu().unbind(1)
+        return {name: 100 * mean_average_precision(logits, labels) for name, logits in zip(names, outputs)}
+    return dict(zip(names, (100 * found.double().mean(0)).tolist()))
 
 
 def export_backbone(run: Run, best: nn.Module, test: Any) -> dict[str, float] | None:
@@ -97,17 +109,19 @@ def finish_training(run: Run, test: Any, test_loader: Any) -> bool:
     image = next(iter(test_loader))["image"][0]
     if not accelerator.is_main_process:
         return False
-    results: dict[str, Any] = dict(test_top1=top1, args=vars(run.args))
+    key = "map" if run.multi_label else "top1"
+    results: dict[str, Any] = {f"test_{key}": top1, "args": vars(run.args)}
     if backbone is not None:
-        results["backbone_top1"] = backbone["joint"]
+        results[f"backbone_{key}"] = backbone["joint"]
     with explaining_output(output):
         replace_text(output / "results.json", json.dumps(results, default=str))
-    table = Table("branch", *top1, title="top-1 % on the test split")
+    table = Table("branch", *top1, title=f"{run.metric} % on the test split")
     for branch in top1["last"]:
         table.add_row(branch, *(f"{result[branch]:.1f}" for result in top1.values()))
     if backbone is not None:
         table.add_row("backbone/ alone", *(f"{backbone['joint']:.1f}" if kind == "best" else "" for kind in top1))
-    table.add_row("chance", *[f"{100 / len(run.names):.1f}"] * len(top1))
+    if not run.multi_label:
+        table.add_row("chance", *[f"{100 / len(run.names):.1f}"] * len(top1))
     Console().print(table)
     draw_picture(run, best, image)
     print(f'Load it: import s3n_timm, timm; timm.create_model("local-dir:{output / "best"}", pretrained=True)')

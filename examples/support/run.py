@@ -51,6 +51,15 @@ class Run:
         """The split that is evaluated after an epoch."""
         return "val" if self.args.val_fraction or self.args.val_split else "test"
 
+    @property
+    def multi_label(self) -> bool:
+        return self.criterion.multi_label
+
+    @property
+    def metric(self) -> str:
+        """What `evaluate` measures, in %."""
+        return "mAP" if self.multi_label else "top-1"
+
     @torch.no_grad()
     def ask_teacher(self, images: Tensor) -> Tensor | None:
         """Logits of --teacher."""

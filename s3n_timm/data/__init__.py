@@ -15,10 +15,13 @@ from .birds import (
 from .cub import cub
 from .folder import image_folder
 from .load import check_disjoint, has_validation, load
+from .multi_label import multi_label_folder
 from .schema import (
     OFFICIAL_COUNTS,
     SPLITS,
     check_counts,
+    class_names,
+    is_multi_label,
     part_names,
     read_stored,
     recognition_features,
@@ -40,14 +43,17 @@ __all__ = [
     "check_counts",
     "check_disjoint",
     "class_looks",
+    "class_names",
     "cub",
     "draw_bird",
     "drawn_birds",
     "has_validation",
     "hub",
     "image_folder",
+    "is_multi_label",
     "load",
     "load_repository",
+    "multi_label_folder",
     "parquet",
     "part_names",
     "read_stored",

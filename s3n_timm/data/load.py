@@ -10,6 +10,7 @@ from .aircraft_cars import aircraft, cars
 from .birds import drawn_birds
 from .cub import cub
 from .folder import folder_splits, image_folder
+from .multi_label import multi_label_folder
 from .schema import data_folder
 from .tables import hub, image_files, parquet, parquet_files
 
@@ -69,10 +70,10 @@ def check_disjoint(train: Any, other: Any) -> None:
 
 
 def has_validation(name: str, data_dir: str | Path | None) -> bool:
-    """Whether a data set has a split 'validation' beside train and test that its files tell: 'folder', 'parquet'."""
-    if name not in ("folder", "parquet") or data_dir is None:
+    """Whether a data set has a split 'validation' beside train and test that its files tell."""
+    if name not in ("folder", "multi-label", "parquet") or data_dir is None:
         return False
-    if name == "folder":
+    if name != "parquet":
         return "validation" in folder_splits(data_dir)
     return bool(parquet_files(data_folder(data_dir), "validation"))
 
@@ -82,17 +83,19 @@ def load(name: str, data_dir: str | Path | None = None, split: str = "train", **
 
     Args:
         name: 'birds' (`birds.drawn_birds`), 'cub' (`cub`), 'aircraft' (`aircraft`), 'cars' (`cars`), 'folder'
-            (`image_folder`), 'parquet' (`parquet`) or 'hub:NAME' (`hub`, with the NAME of a repository).
+            (`image_folder`), 'multi-label' (`multi_label_folder`), 'parquet' (`parquet`) or 'hub:NAME' (`hub`, with the
+            NAME of a repository).
         data_dir: Folder of the data set; None for 'birds' and 'hub:NAME'.
-        split: 'train' or 'test', for 'folder' and 'parquet' also 'validation', for 'hub:NAME' any that the repository
-            has.
+        split: 'train' or 'test', for 'folder', 'multi-label' and 'parquet' also 'validation', for 'hub:NAME' any that
+            the repository has.
         options: Passed on to the function of that kind.
 
     Raises:
         ValueError: If name is unknown, or data_dir is missing or given without need; and whatever that function raises.
     """
     readers: dict[str, Callable[..., Any]] = {
-        "cub": cub, "aircraft": aircraft, "cars": cars, "folder": image_folder, "parquet": parquet,
+        "cub": cub, "aircraft": aircraft, "cars": cars, "folder": image_folder, "multi-label": multi_label_folder,
+        "parquet": parquet,
     }
     kind, _, repository = name.partition(":")
     if name == "birds" or (kind == "hub" and repository):

@@ -59,6 +59,17 @@ def part_names(dataset: datasets.Dataset) -> tuple[str, ...]:
     return tuple(dataset.features.get("parts", ()))
 
 
+def is_multi_label(dataset: Any) -> bool:
+    """Whether the column label of a data set holds a list of classes, any number of them an image."""
+    return not isinstance(dataset.features["label"], datasets.ClassLabel)
+
+
+def class_names(dataset: Any) -> list[str]:
+    """Names of the classes of a data set, in the order of its labels."""
+    feature = dataset.features["label"]
+    return (feature.feature if is_multi_label(dataset) else feature).names
+
+
 # images
 
 

@@ -20,6 +20,13 @@ from .geometry import (
     transform_boxes,
     transform_points,
 )
+from .labels import (
+    average_precision,
+    label_tables,
+    mean_average_precision,
+    measure_labels,
+    summarize_labels,
+)
 from .localisation import box_iou, largest_region_box, localisation_accuracy, localisation_maps
 from .peaks import count_hits, hit_histogram, hit_rate, nearest_parts
 from .records import (
@@ -52,6 +59,7 @@ __all__ = [
     "OUTPUTS",
     "UNITS",
     "as_plain",
+    "average_precision",
     "background_magnification",
     "blur",
     "bootstrap_difference",
@@ -74,13 +82,16 @@ __all__ = [
     "hit_rate",
     "insertion_curve",
     "invert_warp",
+    "label_tables",
     "largest_region_box",
     "localisation_accuracy",
     "localisation_maps",
     "magnification",
     "magnified_boxes",
+    "mean_average_precision",
     "measure_batch",
     "measure_faithfulness",
+    "measure_labels",
     "nearest_parts",
     "nll",
     "peak_pixels",
@@ -92,6 +103,7 @@ __all__ = [
     "ResultTable",
     "summarize",
     "summarize_faithfulness",
+    "summarize_labels",
     "transform_boxes",
     "transform_points",
 ]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..checkpoints import check_regular_file
+from ..checkpoints import check_regular_file, is_multi_label
 from ..evaluation import INTERVAL, result_tables
 from ..images import image_mode, input_config
 from ..model import S3N
@@ -283,7 +283,7 @@ def _how_to_load(model: nn.Module, name: str | None, mode: str) -> str:
         "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))\n"
         f'x = transform(Image.open("image.jpg").convert("{mode}"))[None]\n'
         "with torch.inference_mode():\n"
-        "    probability, label = model(x).softmax(1).max(1)\n"
+        f"    probability, label = model(x).{'sigmoid()' if is_multi_label(model) else 'softmax(1)'}.max(1)\n"
         'names = model.pretrained_cfg.get("label_names") or range(model.num_classes)\n'
         "print(names[label], probability.item())\n"
         "```"

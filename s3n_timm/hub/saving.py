@@ -27,6 +27,7 @@ from ..checkpoints import (
     check_regular_file,
     check_values,
     explain_damage,
+    is_multi_label,
     join_names,
     known_label_names,
     read_header,
@@ -99,11 +100,14 @@ def save(
             save_file(tensors, path, metadata=dict(format="pt"))
         except SafetensorError as error:
             raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
+    beyond: dict[str, Any] = {} if label_names is None else dict(label_names=list(map(str, label_names)))
+    if is_multi_label(model):
+        beyond["problem_type"] = "multi_label_classification"  # what transformers goes by
     with replacing_file(folder / CONFIG) as path:
         save_config_for_hf(
             model,
             str(path),
-            model_config=None if label_names is None else dict(label_names=list(map(str, label_names))),
+            model_config=beyond,
             model_args=dict(args),
             data_config=None if data_config is None else dict(data_config),
         )
