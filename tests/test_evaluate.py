@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from support import reports
 from support.loaders import load_splits
 from timm.data import create_transform
 from timm.models import save_for_hf
