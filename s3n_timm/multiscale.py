@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def layout_of(images: Tensor) -> torch.memory_format:
+    """The memory format that images made of `images` should have, so that a channels-last network reads no other."""
+    return torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
 def identity_grid(size: Sequence[int], device: torch.device | None = None) -> Tensor:
     """The grid of no warp.
 
@@ -54,7 +59,7 @@ def zoom(source: Tensor, grid: Tensor) -> Tensor:
         grid: B×H'×W'×2, or 1×H'×W'×2 for all images.
 
     Returns:
-        B×C×H'×W' in the source's dtype, computed in float32.
+        B×C×H'×W' in the source's dtype and memory format, computed in float32.
     """
     size = source.shape[-2:]
     ratio = max(have / want for have, want in zip(size, grid.shape[1:3]))
@@ -74,7 +79,7 @@ def zoom(source: Tensor, grid: Tensor) -> Tensor:
         zoomed = zoomed + weight * read
         if halving < halvings:
             copy = F.avg_pool2d(copy, 2)
-    return zoomed.to(source.dtype)
+    return zoomed.to(source.dtype, memory_format=layout_of(source))
 
 
 def scan(source: Tensor, size: Sequence[int]) -> Tensor:
