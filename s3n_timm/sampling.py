@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +159,11 @@ def resample(image: Tensor, grid: Tensor) -> Tensor:
     return warped.to(image.dtype, memory_format=layout_of(image))
 
 
+def in_float32(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, where the device has it (meta tensors have none)."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
 def as_grid(grid_size: int | Sequence[int]) -> tuple[int, int]:
     """Read G, or (rows, columns), as a pair; both at least 2."""
     pair = (grid_size, grid_size) if isinstance(grid_size, int) else tuple(grid_size)
@@ -226,7 +232,7 @@ def sample_response(
         raise ValueError(f"branches must be a sequence of {' and '.join(BRANCHES)}, got {branches!r}.")
     grid_size = as_grid(grid_size)
     samples: dict[str, BranchSample] = {}
-    with torch.autocast(image.device.type, enabled=False):
+    with in_float32(image.device):
         response = response.float()
         saliency = resize_maps(response[:, None], grid_size)[:, 0] if attention == "saliency" else None
         # taking the minimum off first keeps a constant map constant: resizing would leave rounding noise that has peaks
@@ -318,7 +324,7 @@ def selective_sample(
     if 0 in maps.shape[1:] or 0 in image.shape[1:]:
         raise ValueError(f"image and maps must not be empty, got {tuple(image.shape)} and {tuple(maps.shape)}.")
     grid_size = as_grid(grid_size)
-    with torch.autocast(image.device.type, enabled=False):
+    with in_float32(image.device):
         maps = maps.detach().float()
         if scores is None:
             scores = resize_maps(maps, grid_size).mean((2, 3))

@@ -257,8 +257,8 @@ def test_resample_reads_the_border_outside_and_corners_at_one():
 
 
 @pytest.mark.parametrize("border", BORDERS)
-@pytest.mark.parametrize("place", [(4, 4), (0, 4), (8, 8), (4, 0)])
-def test_the_papers_zeros_outside_would_change_nothing(border, place):
+@pytest.mark.parametrize(("y", "x"), [(4, 4), (0, 4), (8, 8), (4, 0)])
+def test_the_papers_zeros_outside_would_change_nothing(border, y, x):
     """Values and gradients, also where attention pushes the image's border out of the grid.
 
     A coordinate of 1 may round to 1 + 2⁻²³, of which zeros would take 2⁻²³ · 19 / 2 of the pixel's value away: values
@@ -266,7 +266,7 @@ def test_the_papers_zeros_outside_would_change_nothing(border, place):
     """
     images = torch.rand(2, 3, 20, 20, generator=seeded(0), requires_grad=True)
     response = torch.zeros(2, 9, 9)
-    response[0, *place], response[:, 6, 2] = 1.0, 0.6
+    response[0, y, x], response[:, 6, 2] = 1.0, 0.6
     (beta,) = betas(1.5)
     grid = warp_grid(sampling_map(response, response, beta), (20, 20), 4, border=border)
     assert grid.abs().max() <= 1 + 2**-22
