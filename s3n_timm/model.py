@@ -174,7 +174,7 @@ class S3N(nn.Module):
             self, x: Tensor, features: Tensor, logits: Tensor, branches: Sequence[str] | None = None,
     ) -> SelectiveSample:
         """Warp B×3×H×W images by the response of their features and logits (eq. 2 to 8), in float32."""
-        with in_float32(x.device):
+        with in_float32(next(self.parameters()).device):
             if self.config.attention == "saliency":
                 # detached, like the response: with this gradient the backbone forgets to classify
                 saliency = self.saliency(features.detach().to(self.saliency.weight.dtype)).float()
