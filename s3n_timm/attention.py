@@ -68,8 +68,9 @@ def sampling_map(
     # where there is no peak any value does; a small one would have exponentials underflow, which CPUs are slow at
     value = torch.where(weights > 0, response.detach().float(), 1.0).clamp_min(MIN_PEAK)
     height = weights * value if branch == "discriminative" else weights / value
-    beta = torch.as_tensor(beta, dtype=torch.float32, device=value.device)
-    falloff = -1 / (value * beta.square()).clamp_min(MIN_SPREAD)
+    if isinstance(beta, Tensor):  # a number would travel to the device while the host waits
+        beta = beta.to(value.device, torch.float32)
+    falloff = -1 / (value * beta**2).clamp_min(MIN_SPREAD)
     rows, columns = value.shape[1:]
     across_y = torch.exp(_squared_distances(rows, value.device)[None, :, :, None] * falloff[:, None]) * height[:, None]
     across_x = torch.exp(_squared_distances(columns, value.device)[None, :, None, :] * falloff[:, None])

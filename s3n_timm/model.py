@@ -15,7 +15,7 @@ from .config import MAX_CHANNELS, MAX_CLASSES, STRUCTURE, S3NConfig, check_choic
 from .heads import Backbone, classify_maps, create_backbone, explain_refusal, inspect_head
 from .multiscale import scan
 from .outputs import Explanation, S3NLogits, mean_answer
-from .sampling import BRANCHES, SelectiveSample, gaussian_kernel, sample_response
+from .sampling import BRANCHES, SelectiveSample, gaussian_kernel, in_float32, sample_response
 
 # these look at shapes and devices, which FX tracing cannot follow: it takes each as one node
 for _function in (sample_response, scan):
@@ -174,7 +174,7 @@ class S3N(nn.Module):
             self, x: Tensor, features: Tensor, logits: Tensor, branches: Sequence[str] | None = None,
     ) -> SelectiveSample:
         """Warp B×3×H×W images by the response of their features and logits (eq. 2 to 8), in float32."""
-        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+        with in_float32(next(self.parameters()).device):
             if self.config.attention == "saliency":
                 # detached, like the response: with this gradient the backbone forgets to classify
                 saliency = self.saliency(features.detach().to(self.saliency.weight.dtype)).float()

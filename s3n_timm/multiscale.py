@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def layout_of(images: Tensor) -> torch.memory_format:
+    """The memory format that images made of `images` should have, so that a channels-last network reads no other."""
+    return torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
 def identity_grid(size: Sequence[int], device: torch.device | None = None) -> Tensor:
     """The grid of no warp.
 
@@ -54,7 +59,7 @@ def zoom(source: Tensor, grid: Tensor) -> Tensor:
         grid: B×H'×W'×2, or 1×H'×W'×2 for all images.
 
     Returns:
-        B×C×H'×W' in the source's dtype, computed in float32.
+        B×C×H'×W' in the source's dtype and memory format, computed in float32.
     """
     size = source.shape[-2:]
     ratio = max(have / want for have, want in zip(size, grid.shape[1:3]))
@@ -63,18 +68,20 @@ def zoom(source: Tensor, grid: Tensor) -> Tensor:
     grid = grid.float()
     # 0 reads the source itself, 1 the first half
     depth = grid_steps(grid, size).clamp_min(1).log2().clamp_max(halvings)[:, None]
-    whole = torch.tensor(size, device=grid.device).flip(0)
     zoomed = torch.zeros((), device=source.device)
     for halving in range(halvings + 1):
         weight = (1 - (depth - halving).abs()).clamp_min(0)
-        # a copy's pixels are means of the source's, so its borders, not its corners' centres, lie on the source's
-        extent = torch.tensor(copy.shape[-2:], device=grid.device).flip(0) * 2**halving
-        place = (grid * ((whole - 1) / extent) + (whole / extent - 1)).expand(source.shape[0], -1, -1, -1)
+        # a copy's pixels are means of the source's, so its borders, not its corners' centres, lie on the source's;
+        # numbers, not a tensor, which would travel to the device while the host waits
+        extents = [side * 2**halving for side in copy.shape[-2:]]
+        places = [along * ((whole - 1) / extent) + (whole / extent - 1)
+                  for along, whole, extent in zip(grid.unbind(-1), size[::-1], extents[::-1])]
+        place = torch.stack(places, dim=-1).expand(source.shape[0], -1, -1, -1)
         read = F.grid_sample(copy, place, padding_mode="border", align_corners=False)
         zoomed = zoomed + weight * read
         if halving < halvings:
             copy = F.avg_pool2d(copy, 2)
-    return zoomed.to(source.dtype)
+    return zoomed.to(source.dtype, memory_format=layout_of(source))
 
 
 def scan(source: Tensor, size: Sequence[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import COMPLEMENTS, complementary_map, sampling_map
-from .multiscale import zoom
+from .multiscale import layout_of, zoom
 from .peaks import find_peaks, partition_peaks
 from .response import gate_response, normalize_response, resize_maps
 
@@ -130,14 +131,18 @@ def warp_grid(
 
 
 def resample(image: Tensor, grid: Tensor) -> Tensor:
-    """Read an image at a warp grid (section 3.3): bilinear, zeros outside, corners aligned.
+    """Read an image at a warp grid (section 3.3): bilinear, corners aligned.
+
+    The paper reads zeros outside the image. No grid of `warp_grid` leaves it, so reading the border there gives the
+    same values, and on CUDA this is torch's own sampler, not cuDNN's, which computes the image's gradient even where
+    nobody asks for it.
 
     Args:
         image: B×3×H×W.
         grid: B×H'×W'×2 of `warp_grid`.
 
     Returns:
-        B×3×H'×W' in the image's dtype, computed in float32.
+        B×3×H'×W' in the image's dtype and memory format, computed in float32; NaN where an image's grid is.
 
     Raises:
         ValueError: the shapes are others, or of different batch sizes, or the image has no pixel.
@@ -147,8 +152,16 @@ def resample(image: Tensor, grid: Tensor) -> Tensor:
         raise ValueError(
             f"image must be B×C×H×W and grid B×H'×W'×2, got {tuple(image.shape)} and {tuple(grid.shape)}."
         )
-    warped = F.grid_sample(image.float(), grid.float(), mode="bilinear", padding_mode="zeros", align_corners=True)
-    return warped.to(image.dtype)
+    grid = grid.float()
+    warped = F.grid_sample(image.float(), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    # the sampler takes NaN for the border; warp_grid spreads it over the whole grid, so that one number tells
+    warped += 0 * grid.detach()[:, :1, :1, :1]
+    return warped.to(image.dtype, memory_format=layout_of(image))
+
+
+def in_float32(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, where the device has it (meta tensors have none)."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def as_grid(grid_size: int | Sequence[int]) -> tuple[int, int]:
@@ -219,7 +232,7 @@ def sample_response(
         raise ValueError(f"branches must be a sequence of {' and '.join(BRANCHES)}, got {branches!r}.")
     grid_size = as_grid(grid_size)
     samples: dict[str, BranchSample] = {}
-    with torch.autocast(image.device.type, enabled=False):
+    with in_float32(image.device):
         response = response.float()
         saliency = resize_maps(response[:, None], grid_size)[:, 0] if attention == "saliency" else None
         # taking the minimum off first keeps a constant map constant: resizing would leave rounding noise that has peaks
@@ -311,7 +324,7 @@ def selective_sample(
     if 0 in maps.shape[1:] or 0 in image.shape[1:]:
         raise ValueError(f"image and maps must not be empty, got {tuple(image.shape)} and {tuple(maps.shape)}.")
     grid_size = as_grid(grid_size)
-    with torch.autocast(image.device.type, enabled=False):
+    with in_float32(image.device):
         maps = maps.detach().float()
         if scores is None:
             scores = resize_maps(maps, grid_size).mean((2, 3))
