@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -26,6 +25,7 @@ from rich.table import Table
 from support.files import replace_text, replacing_file
 from support.launching import exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import hold_out
+from support.measuring import describe_results, has_peaks
 from support.progress import progress
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
@@ -40,10 +40,8 @@ from s3n_timm.evaluation import (
     CALIBRATION,
     CROP_MODES,
     OUTPUTS,
-    UNITS,
     Crop,
     ResultTable,
-    as_plain,
     carry_annotations,
     confused_pairs,
     draw_confusions,
@@ -51,7 +49,6 @@ from s3n_timm.evaluation import (
     result_tables,
     summarize,
 )
-from s3n_timm.hub import count_parameters
 from s3n_timm.images import image_mode
 from s3n_timm.peaks import PARTITION_MODES
 
@@ -151,24 +148,6 @@ def set_options(model: nn.Module, args: argparse.Namespace) -> None:
         if not is_s3n:
             raise ValueError(f"--answer {args.answer} needs an S3N, and this model has one output: leave it out.")
         model.configure(answer=args.answer)
-
-
-def has_peaks(model: nn.Module) -> bool:
-    return isinstance(model, s3n_timm.S3N) and model.config.attention == "sparse" and bool(model.warped)
-
-
-def describe_model(model: nn.Module, data_config: dict[str, Any]) -> dict[str, Any]:
-    summary: dict[str, Any] = dict(
-        architecture=model.pretrained_cfg.get("architecture"),
-        num_classes=model.num_classes,
-        parameters=count_parameters(model),
-    )
-    if isinstance(model, s3n_timm.S3N):
-        betas = {f"beta_{branch}": value.item() for branch, value in model.beta.items()}
-        # the config holds the values at the start of training
-        now = dict(partition=model.partition if has_peaks(model) else None)
-        summary["s3n"] = {**model.config.to_dict(), **betas, **now}
-    return dict(summary, preprocessing=dict(data_config))
 
 
 # data
@@ -395,23 +374,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exiting_on(ValueError, OSError):
         exit_entropy = choose_exit(records, args)
         measures = summarize(records, part_names(dataset), args.seed, exit_entropy)
-        run = dict(
-            seconds=seconds,
-            images_per_second=len(dataset) / seconds,
-            processes=accelerator.num_processes,
-            device=str(accelerator.device),
-            versions=dict(s3n_timm=s3n_timm.__version__, timm=timm.__version__, torch=torch.__version__),
-            args={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        )
-        results = dict(
+        results = describe_results(
+            model,
+            data_config,
+            measures,
+            accelerator,
             weights=args.weights,
             dataset=args.dataset,
             split=args.split,
             images=len(dataset),
-            units=UNITS,
-            model=as_plain(describe_model(model, data_config)),
-            measures=measures,
-            run=run,
+            seconds=seconds,
+            images_per_second=len(dataset) / seconds,
+            args={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         )
         if args.keep_exit:
             keep_exit(Path(args.weights), exit_entropy)
