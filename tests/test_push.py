@@ -1,6 +1,7 @@
 """train.py --push-to-hub and push.py, against the Hub of the tests."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from support.loaders import count_test_birds
 import s3n_timm
 from s3n_timm.hub import check_push, check_repo_id, model_card, push_folder
 
+PROXIES = ("NO_PROXY", "no_proxy")  # loopback is reached directly
 SHORT = ("--epochs", 1, "--no-verify")
 
 
@@ -32,7 +34,7 @@ def server():
 def hub(server, monkeypatch, tmp_path):
     """The Hub, for a client in this process and in those that it starts, logged in as alice."""
     settings = dict(HF_TOKEN="token-alice", HF_TOKEN_PATH=str(tmp_path / "token"), HF_HUB_DISABLE_XET="1",
-                    HF_ENDPOINT=server.url, HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+                    HF_ENDPOINT=server.url, HF_HUB_DISABLE_TELEMETRY="1", **dict.fromkeys(PROXIES, "127.0.0.1"))
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     # what the client read from the environment as it was imported
@@ -111,7 +113,9 @@ def test_results_for_the_card_are_those_of_evaluate(finished, resumed, tmp_path)
 
 def test_only_one_process_pushes(hub, tmp_path):
     before = len(hub.requests)
-    text = train(*SHORT, "--push-to-hub", "alice/two", "--output", tmp_path / "run", processes=2)
+    environment = {name: value for name, value in os.environ.items() if name.startswith("HF_") or name in PROXIES}
+    words = (*SHORT, "--push-to-hub", "alice/two", "--output", tmp_path / "run")
+    text = train(*words, processes=2, **environment)
     sent = hub.requests[before:]
     assert sent.count("POST /api/models/alice/two/commit/main") == 1
     assert sent.count("GET /api/whoami-v2") == 1
