@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -23,6 +22,7 @@ from rich.console import Console
 from support.files import replace_text
 from support.launching import exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import hold_out, spread_over
+from support.measuring import describe_results, has_peaks
 from support.progress import progress
 from support.reports import draw_picture, report, report_labels, write_files
 from timm.data import MultiLabelTarget, create_transform
@@ -50,7 +50,6 @@ from s3n_timm.evaluation import (
     summarize_labels,
 )
 from s3n_timm.heads import NoResponseMap, inspect_head
-from s3n_timm.hub import count_parameters
 from s3n_timm.images import image_mode, input_config
 from s3n_timm.peaks import PARTITION_MODES
 
@@ -159,24 +158,6 @@ def set_options(model: nn.Module, args: argparse.Namespace) -> None:
             inspect_head(model)
         except NoResponseMap as error:
             raise ValueError(f"--faithfulness needs class response maps: leave it out. {error}") from error
-
-
-def has_peaks(model: nn.Module) -> bool:
-    return isinstance(model, s3n_timm.S3N) and model.config.attention == "sparse" and bool(model.warped)
-
-
-def describe_model(model: nn.Module, data_config: dict[str, Any]) -> dict[str, Any]:
-    summary: dict[str, Any] = dict(
-        architecture=model.pretrained_cfg.get("architecture"),
-        num_classes=model.num_classes,
-        parameters=count_parameters(model),
-    )
-    if isinstance(model, s3n_timm.S3N):
-        betas = {f"beta_{branch}": value.item() for branch, value in model.beta.items()}
-        # the config holds the values at the start of training
-        now = dict(partition=model.partition if has_peaks(model) else None)
-        summary["s3n"] = {**model.config.to_dict(), **betas, **now}
-    return dict(summary, preprocessing=dict(data_config))
 
 
 # data
@@ -354,23 +335,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             measures = summarize(records, part_names(dataset), args.seed, exit_entropy)
         if curves:
             measures["faithfulness"] = as_plain(summarize_faithfulness(curves))
-        run = dict(
-            seconds=seconds,
-            images_per_second=len(dataset) / seconds,
-            processes=accelerator.num_processes,
-            device=str(accelerator.device),
-            versions=dict(s3n_timm=s3n_timm.__version__, timm=timm.__version__, torch=torch.__version__),
-            args={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        )
-        results = dict(
+        results = describe_results(
+            model,
+            data_config,
+            measures,
+            accelerator,
             weights=args.weights,
             dataset=args.dataset,
             split=args.split,
             images=len(dataset),
             units="%" if several else UNITS,
-            model=as_plain(describe_model(model, data_config)),
-            measures=measures,
-            run=run,
+            seconds=seconds,
+            images_per_second=len(dataset) / seconds,
+            args={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         )
         if args.keep_exit:
             keep_exit(Path(args.weights), exit_entropy)

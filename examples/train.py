@@ -39,6 +39,7 @@ from support.launching import (
 from support.loaders import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
 from support.losses import create_criterion, list_class_weights
 from support.progress import progress as show_progress
+from support.publishing import ask_hub, publish
 from support.results import evaluate, finish_training
 from support.run import Exchange, Run, unwrap
 from support.snapmix import SnapMix
@@ -348,6 +349,7 @@ def main(argv: list[str] | None = None) -> None:
         with ExitStack() as stack:
             with exiting_on(ValueError, OSError):
                 if accelerator.is_main_process:
+                    ask_hub(args)
                     stack.enter_context(claimed(args.output))
             accelerator.wait_for_everyone()
             train(args, accelerator, stop)
@@ -432,9 +434,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
         stopped = stopped or finish_epoch(run, epoch, train_loader, val_loader, started)
         if stopped:
             break
-    if stopped or finish_training(run, splits["test"], test_loader):
+    stopped = stopped or finish_training(run, splits["test"], test_loader)
+    if stopped:
         run.say_stopped()
     accelerator.end_training()
+    if accelerator.is_main_process and not stopped:
+        publish(args)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKENS = {"token-alice": "alice", "token-bob": "bob"}
+TOKENS |= dict.fromkeys(("token-reader", "token-fine", "token-few"), "alice")
+# a fine-grained token's permissions, by what it may do them to
+SCOPES = {
+    "token-fine": [dict(entity=dict(type="user", name="alice"), permissions=["repo.content.read", "repo.write"])],
+    "token-few": [dict(entity=dict(type="user", name="alice"), permissions=["repo.content.read"])],
+}
+ORGS = {"alice": {"aviary": "write", "museum": "read"}}
+READERS = ("token-reader", "token-few")
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 
@@ -75,6 +83,7 @@ class Hub:
         self.truncate_download: int | None = None  # the answer is whole but short
         self.truncate_storage: int | None = None  # so is what the server says of its size
         self.spoil_download: str | None = None  # a byte of this file changes on its way
+        self.refuse_commits = False
         self.move_main: str | None = None  # the commit that main moves to once a config.json is sent
 
     @contextmanager
@@ -144,8 +153,16 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     @property
+    def token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    @property
     def user(self) -> str | None:
-        return TOKENS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        return TOKENS.get(self.token)
+
+    def may_write(self, owner: str) -> bool:
+        member = self.user == owner or ORGS.get(self.user or "", {}).get(owner) == "write"
+        return member and self.token not in READERS
 
     def readable(self, name: str) -> Repository | None:
         """The repository, or None after an answer that does not tell a private one from none."""
@@ -160,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def writable(self, name: str) -> Repository | None:
         repository = self.readable(name)
-        if repository is not None and self.user != name.split("/")[0]:
+        if repository is not None and not self.may_write(name.split("/")[0]):
             self.body()
             self.refuse(403, f"Forbidden: no write access to {name}.")
             return None
@@ -183,12 +200,22 @@ class Handler(BaseHTTPRequestHandler):
 
     # routes
 
+    def whoami(self) -> None:
+        if self.user is None:
+            return self.refuse(401, "Invalid username or password.")
+        access: dict[str, Any] = dict(displayName="test", role="read" if self.token in READERS else "write")
+        if self.token in SCOPES:
+            access.update(role="fineGrained", fineGrained=dict(canReadGatedRepos=True, scoped=SCOPES[self.token]))
+        orgs = [dict(type="org", name=name, roleInOrg=role) for name, role in ORGS.get(self.user, {}).items()]
+        auth = dict(type="access_token", accessToken=access)
+        return self.answer(200, dict(type="user", name=self.user, orgs=orgs, auth=auth))
+
     def create(self) -> None:
         request = json.loads(self.body())
         if self.user is None:
             return self.refuse(401, "Invalid username or password.")
         owner = request.get("organization") or self.user
-        if owner != self.user:
+        if not self.may_write(owner):
             return self.refuse(403, f"You don't have the rights to create a model under the namespace {owner}.")
         name = f"{owner}/{request['name']}"
         url = f"{self.hub.url}/{name}"
@@ -288,6 +315,8 @@ class Handler(BaseHTTPRequestHandler):
         if repository is None:
             return None
         lines = [json.loads(line) for line in self.body().splitlines()]
+        if self.hub.refuse_commits:
+            return self.refuse(500, "Internal error")
         files = {}
         for line in lines[1:]:
             value = line["value"]
@@ -357,6 +386,7 @@ class Handler(BaseHTTPRequestHandler):
 
 REVISION = r"(?P<revision>[^/]+)"
 ROUTES = [
+    ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create),
     ("GET", f"/api/models/{REPO}", Handler.info),
     ("GET", f"/api/models/{REPO}/revision/{REVISION}", Handler.info),

@@ -13,6 +13,7 @@ import torch
 import yaml
 from accelerate.utils import LoggerType
 from support.files import LOCK
+from support.publishing import add_hub_flags, check_hub_flags
 from timm.optim import list_optimizers
 
 import s3n_timm
@@ -29,6 +30,7 @@ TRACKERS = tuple(str(name) for name in LoggerType)
 FREE_TO_CHANGE = frozenset((
     "output", "resume", "recipe", "epochs", "patience", "workers", "verify", "cpu_threads", "data_dir",
     "pretrained_path", "checkpoint_every", "checkpoint_hist", "log_with", "val_interval",
+    "push_to_hub", "push_backbone", "hub_private",
     "batch_size", "grad_accum_steps",  # their product must stay
 ))
 
@@ -141,6 +143,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--checkpoint-hist", type=int, default=2, help="number of checkpoints to keep")
     run.add_argument("--log-with", nargs="+", default=[], metavar="TRACKER", help=f"any of {', '.join(TRACKERS)}")
     run.add_argument("--cpu-threads", type=int, help="threads per process on a CPU (default: all cores, shared evenly)")
+    add_hub_flags(parser)
 
     first = parser.parse_args(argv)
     if first.recipe in PRESETS:  # the data set's recipe in that version
@@ -270,6 +273,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--plain has one output: leave out --answer {args.answer}.")
     if args.plain and args.distillation and not args.teacher:
         parser.error("--plain has no other outputs to learn from: give a --teacher, or leave out --distillation.")
+    check_hub_flags(args, parser)
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file: choose a folder.")
     if args.output.exists() and not args.resume and any(path.name != LOCK for path in args.output.iterdir()):

@@ -11,7 +11,9 @@ from support.checkpoints import explaining_output, replacing
 from support.files import replace_text, replacing_file
 from support.launching import reading
 from support.loaders import create_eval_loader
+from support.measuring import describe_results
 from support.progress import progress as show_progress
+from support.publishing import measured_path, pushed
 from support.run import Run, unwrap
 from timm.data import create_transform
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 import s3n_timm
 from s3n_timm import S3N
 from s3n_timm.draw import draw_explanation
-from s3n_timm.evaluation import mean_average_precision
+from s3n_timm.evaluation import mean_average_precision, measure_batch, summarize
 from s3n_timm.images import image_mode, input_config
 
 
@@ -80,6 +82,42 @@ def export_backbone(run: Run, best: nn.Module, test: Any) -> dict[str, float] | 
     return evaluate(run, plain.to(run.accelerator.device), loader, desc="test, backbone")
 
 
+def measure_for_card(run: Run, kind: str, test: Any) -> bool:
+    """Measure the weights of a folder as evaluate.py does, for their card; False where a signal stopped it."""
+    args, accelerator = run.args, run.accelerator
+    model = timm.create_model(f"local-dir:{args.output / kind}", pretrained=True).to(accelerator.device).eval()
+    data_config = input_config(model)
+    mode = image_mode(data_config["input_size"][0])
+    loader = create_eval_loader(test, create_transform(**data_config), args, accelerator, mode)
+    batches: list[dict[str, Tensor]] = []
+    desc = f"test, for the card of {kind}"
+    for batch in reading(show_progress(loader, desc=desc, disable=not accelerator.is_main_process, leave=False)):
+        with torch.inference_mode(), accelerator.autocast():
+            rows = measure_batch(model, dict(batch, index=torch.zeros_like(batch["label"])))
+        rows["stop"] = torch.full_like(batch["label"], run.stop.name is not None)
+        batches.append(accelerator.gather_for_metrics({name: values.contiguous() for name, values in rows.items()}))
+        if len(batches) > 1 and batches[-2]["stop"].any():  # one batch late, as in training
+            return False
+    if not accelerator.is_main_process:
+        return True
+    records = {name: torch.cat([rows[name] for rows in batches]).cpu() for name in batches[0]}
+    results = describe_results(
+        model,
+        data_config,
+        summarize(records, seed=args.seed),
+        accelerator,
+        weights=str(args.output / kind),
+        dataset=args.dataset,
+        split=args.test_split if args.dataset.startswith("hub:") else "test",
+        images=len(records["label"]),
+    )
+    path = measured_path(args.output, kind)
+    with explaining_output(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(results, indent=1, allow_nan=False))
+    return True
+
+
 def draw_picture(run: Run, best: nn.Module, image: Tensor) -> None:
     """Draw what the best weights see in a 3×H×W test image, where they have peaks."""
     if not isinstance(best, S3N) or best.config.attention != "sparse" or not best.warped:
@@ -107,6 +145,8 @@ def finish_training(run: Run, test: Any, test_loader: Any) -> bool:
     best = timm.create_model(f"local-dir:{output / 'best'}", pretrained=True)
     backbone = export_backbone(run, best, test)
     image = next(iter(test_loader))["image"][0]
+    if not all(measure_for_card(run, kind, test) for kind in pushed(run.args)):
+        return True
     if not accelerator.is_main_process:
         return False
     key = "map" if run.multi_label else "top1"

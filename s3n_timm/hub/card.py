@@ -9,6 +9,8 @@ from urllib.parse import quote
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +28,10 @@ CITATION = """@inproceedings{ding2019selective,
   year      = {2019}
 }"""
 # where a run happened, not what it learnt
-OF_THE_MACHINE = ("output", "resume", "workers", "cpu_threads", "log_with", "checkpoint_every", "checkpoint_hist")
+OF_THE_MACHINE = (
+    "output", "resume", "workers", "cpu_threads", "log_with", "checkpoint_every", "checkpoint_hist",
+    "push_to_hub", "push_backbone", "hub_private",
+)
 
 Source = Mapping[str, Any] | str | Path
 
@@ -92,7 +97,7 @@ def model_card(
     """
     config = input_config(model, data_config)
     name, dataset, licence, limits = _plain(name), _plain(dataset), _plain(licence), _plain(limits)
-    measured = None if results is None else _read_results(results, model)
+    measured = None if results is None else read_results(results, model)
     settings = None if recipe is None else _read_recipe(recipe)
     if dataset is None and settings is not None and settings.get("dataset") is not None:
         dataset = str(settings["dataset"])
@@ -162,7 +167,13 @@ def _read(source: Source, what: str) -> dict[str, Any]:
     return _plain(content)
 
 
-def _read_results(source: Source, model: nn.Module) -> dict[str, Any]:
+def read_results(source: Source, model: nn.Module) -> dict[str, Any]:
+    """What examples/evaluate.py wrote, with its strings as text of one line.
+
+    Raises:
+        ValueError: it is not that, or was measured on another model.
+        OSError: the file can't be read.
+    """
     results = _read(source, "results")
     lacking = [key for key in ("dataset", "split", "images", "units", "model", "measures", "run") if key not in results]
     if lacking:
@@ -186,10 +197,28 @@ def _read_recipe(source: Source) -> dict[str, Any]:
     return dict(settings)
 
 
+def hub_dataset(name: Any) -> str | None:
+    """The repository of a data set that is named as scripts name it; None for one that is not on the Hub."""
+    if not isinstance(name, str) or not name.startswith("hub:"):
+        return None
+    name = name.removeprefix("hub:")
+    try:
+        validate_repo_id(name)  # a path is none, but for two of its parts
+    except HFValidationError:
+        return None
+    return None if Path(name).is_dir() else name
+
+
+def _data_name(dataset: str) -> str:
+    """A data set's name for readers: that of its repository, or of a folder the last part."""
+    name = dataset.removeprefix("hub:")
+    return PurePath(name).name if name != dataset and hub_dataset(dataset) is None else name
+
+
 def _hub_names(dataset: str | None, *sources: Mapping[str, Any] | None) -> list[str]:
     """Data sets that have a repository on the Hub, which its metadata may name."""
-    names = [dataset, *(source.get("dataset") for source in sources if source)]
-    return sorted({name.removeprefix("hub:") for name in names if isinstance(name, str) and name.startswith("hub:")})
+    names = map(hub_dataset, [dataset, *(source.get("dataset") for source in sources if source)])
+    return sorted({name for name in names if name})
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -291,7 +320,7 @@ def _how_to_load(model: nn.Module, name: str | None, mode: str) -> str:
 
 
 def _training(dataset: str | None, settings: Mapping[str, Any] | None) -> str:
-    data = f"Data: {dataset.removeprefix('hub:')}." if dataset else "Data: unknown, the author of the card names none."
+    data = f"Data: {_data_name(dataset)}." if dataset else "Data: unknown, the author of the card names none."
     if settings is None:
         return f"## Data and training\n\n{data} Recipe and seed: unknown, the author of the card gives none."
     # a False is a switch that is off, a 0 is a value
@@ -309,20 +338,26 @@ def _training(dataset: str | None, settings: Mapping[str, Any] | None) -> str:
 def _setting(value: Any) -> str:
     if isinstance(value, PurePath) or (isinstance(value, str) and PurePath(value).is_absolute()):
         return PurePath(value).name
+    if isinstance(value, str) and value.startswith("hub:"):
+        return _data_name(value)
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return json.dumps(value, default=str) if isinstance(value, Mapping) else str(value)
 
 
+def answer_accuracy(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Accuracies of the output that the model answers with."""
+    return results["measures"]["accuracy"][results["model"].get("s3n", {}).get("answer", "joint")]
+
+
 def _metadata_of_results(results: Mapping[str, Any]) -> list[EvalResult]:
-    answer = results["model"].get("s3n", {}).get("answer", "joint")
-    accuracy = results["measures"]["accuracy"][answer]
-    dataset = str(results["dataset"])
+    accuracy = answer_accuracy(results)
+    dataset = _data_name(str(results["dataset"]))
     return [
         EvalResult(
             task_type="image-classification",
-            dataset_type=dataset.removeprefix("hub:"),
-            dataset_name=dataset.removeprefix("hub:"),
+            dataset_type=dataset,
+            dataset_name=dataset,
             dataset_split=results["split"],
             metric_type="accuracy",
             metric_name=f"{title} accuracy, %",
@@ -342,7 +377,7 @@ def _results(results: Mapping[str, Any] | None) -> str:
     partition = (results["model"].get("s3n") or {}).get("partition")
     versions = ", ".join(f"{package} {version}" for package, version in run.get("versions", {}).items())
     protocol = [
-        f"{str(results['dataset']).removeprefix('hub:')}, split {results['split']}, {results['images']} images, each "
+        f"{_data_name(str(results['dataset']))}, split {results['split']}, {results['images']} images, each "
         "counted once",
         f"input {' × '.join(map(str, used['input_size'][1:]))} px, {used['interpolation']}, crop {used['crop_pct']} "
         f"({used['crop_mode']}), one view, no test-time augmentation",

@@ -38,6 +38,7 @@ from ..checkpoints import (
 from ..files import replacing_file
 from ..images import input_config, read_image
 from ..model import S3N
+from .benchmark import benchmark_file
 from .card import model_card
 from .download import CONFIG, WEIGHTS, download
 
@@ -70,7 +71,8 @@ def save(
         state_dict: the weights, where the model itself holds but a shard of them.
         card: writes a model card, `README.md`, as well: the arguments of `s3n_timm.hub.model_card` beyond those
             above, such as `dict(results="evaluation/results.json")`, or `{}`. Its `picture` is the path of a picture,
-            or a `PIL.Image` to be drawn as the model, with all three branches, sees it (needs matplotlib).
+            or a `PIL.Image` to be drawn as the model, with all three branches, sees it (needs matplotlib). With
+            `benchmark_task`, see `s3n_timm.hub.benchmark_file`, the results lie in `.eval_results` as well.
 
     Returns:
         The folder.
@@ -89,7 +91,7 @@ def save(
         raise ValueError(f"label_names must be a list of {model.num_classes} names, one for each class in order.")
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f"label_names has {len(label_names)} names for {model.num_classes} classes.")
-    beside: dict[str, bytes] = {} if card is None else _card_files(model, card, label_names, data_config)
+    beside: dict[str, bytes] = {} if card is None else card_files(model, card, label_names, data_config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = model.state_dict() if state_dict is None else state_dict
@@ -115,21 +117,27 @@ def save(
         # timm takes it from the top of the file, and transformers, which gives both to timm, fails on two
         config["model_args"].pop("num_classes", None)
         path.write_text(json.dumps(config, indent=2), encoding="utf-8")
-    for name, content in beside.items():
-        with replacing_file(folder / name) as path:
-            path.write_bytes(content)
+    write_files(folder, beside)
     return folder
 
 
-def _card_files(
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, by their paths in a folder, each as `save` writes its own."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        with replacing_file(folder / name) as path:
+            path.write_bytes(content)
+
+
+def card_files(
         model: nn.Module,
         card: Mapping[str, Any],
         label_names: Sequence[str] | None,
-        data_config: Mapping[str, Any] | None,
+        data_config: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """The card and its picture, if it has one, by file name."""
+    """The card and what it comes with, a picture and an entry for a benchmark, by their paths; as for `save`."""
     about = dict(card, label_names=label_names, data_config=data_config)
-    picture = about.pop("picture", None)
+    picture, task = about.pop("picture", None), about.pop("benchmark_task", None)
     files = {}
     if isinstance(picture, Image.Image):
         files["picture.png"] = _draw(model, picture, label_names, data_config)
@@ -140,6 +148,9 @@ def _card_files(
         check_regular_file(path)
         files[f"picture{path.suffix.lower()}"] = path.read_bytes()
     text = model_card(model, **about, picture=next(iter(files), None)).content
+    if task is not None:
+        name, content = benchmark_file(model, about.get("results"), task)
+        files[name] = content.encode()
     return dict(files, **{"README.md": text.encode()})
 
 
