@@ -275,7 +275,7 @@ def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
                         gr.Label(num_top_classes=5, label=label, show_heading=False, elem_id=name, visible=visible,
                                  min_width=240)
                         for label, name, visible in (
-                            ("Prediction of all three looks" if compared else "Prediction", "prediction", True),
+                            ("Prediction of all looks" if compared else "Prediction", "prediction", True),
                             ("Prediction of the first look alone", "single", compared),
                         ))
                 picture = gr.Image(
