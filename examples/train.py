@@ -360,6 +360,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
     with exiting_on(ValueError, TypeError, OSError, RuntimeError):
         with accelerator.main_process_first():
             splits = load_splits(args)
+        if args.patience and splits["val"] is splits["test"]:
+            raise ValueError("--patience needs validation images: give --val-fraction, or a folder val beside train.")
         names = class_names(splits["train"])
         if len(names) < 2:
             raise ValueError(f"--dataset {args.dataset} has one class, {names[0]!r}: there is nothing to tell apart.")

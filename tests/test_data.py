@@ -222,7 +222,7 @@ def test_a_folders_own_validation_part_is_used(tmp_path):
     for index, kind in enumerate("ab"):
         (tmp_path / "valid" / kind).mkdir(parents=True)
         Image.new("RGB", (20, 20), (100 + index, 0, 0)).save(tmp_path / "valid" / kind / "1.png")
-    args = parse_args([*words])
+    args = parse_args([*words, "--val-fraction", "0", "--patience", "1"])
     splits = load_splits(args)
     assert [len(splits[name]) for name in ("train", "val", "test")] == [8, 2, 8]
     assert args.val_split == "validation"

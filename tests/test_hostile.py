@@ -25,7 +25,7 @@ import s3n_timm
 
 CLEAR = (ValueError, RuntimeError, OSError, TypeError)
 CLASSES = 5
-WEIGHTS_FILES = 40  # of each kind of mutation
+WEIGHTS_FILES = 20  # of each kind of mutation
 CONFIG_FILES = 350
 
 

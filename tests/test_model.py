@@ -494,7 +494,7 @@ def test_fresh_model_evaluates_deterministically(preset):
 @pytest.mark.parametrize(
     ("backbone", "attention"),
     [
-        *(("resnet18", attention) for attention in ATTENTIONS),
+        *(("test_resnet", attention) for attention in ATTENTIONS),
         ("test_convnext", "sparse"),  # a norm between pooling and classifier
         ("mobilenetv3_small_050", "sparse"),  # a head that is applied at every position
         ("shvit_s1", "sparse"),  # a classifier that does not read the pre-logits

@@ -394,6 +394,12 @@ def test_what_cannot_be_trained_ends_in_one_sentence(tmp_path, args, message):
     assert "Traceback" not in text
 
 
+def test_patience_needs_validation_images(tmp_path):
+    data = write_folder(tmp_path / "data")
+    args = ("--dataset", "folder", "--data-dir", data, "--recipe", "birds", "--val-fraction", 0, "--patience", 1)
+    assert "--patience needs validation images" in train(*args, "--output", tmp_path / "run", ok=False)
+
+
 def test_an_unreadable_image_is_named_before_the_first_step(tmp_path):
     data = write_folder(tmp_path / "data", broken="train/a/broken.png")
     text = train("--dataset", "folder", "--data-dir", data, "--output", tmp_path / "run", ok=False)

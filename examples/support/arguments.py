@@ -59,7 +59,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--streaming", action="store_true", help="stream a hub data set instead of downloading it")
     data.add_argument("--shuffle-buffer", type=int, default=1000, help="images in a stream's shuffle buffer")
     data.add_argument("--val-fraction", type=float, default=0.1,
-                      help="fraction of the training images held out for validation; with 0 the last epoch is kept")
+                      help="fraction of the training images held out for validation; with 0 the last epoch is kept. A "
+                           "validation part of the data, such as DATA/val, takes its place")
     data.add_argument("--balanced", action="store_true", help="sample all classes equally often, with replacement")
     data.add_argument("--verify", action=on_off, default=True,
                       help="decode all images and look for duplicates between splits before training")
@@ -227,7 +228,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     _check_name("--opt", args.opt.lower().removeprefix("lookahead_"), list_optimizers(), parser)
     for name in args.log_with:
         _check_name("--log-with", name, TRACKERS, parser)
-    if args.patience and not (args.val_fraction or args.val_split):
+    own = args.dataset in ("folder", "parquet")  # which may have a validation part
+    if args.patience and not (args.val_fraction or args.val_split or own):
         parser.error("--patience needs validation images: give --val-fraction or --val-split.")
     if args.val_split and not args.dataset.startswith("hub:"):
         parser.error("--val-split names a split of the Hub: use --val-fraction for other data.")
