@@ -10,13 +10,14 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import ENVIRONMENT, SMALL, command, train, weights
+from helpers import ENVIRONMENT, EXAMPLES, SMALL, command, train, weights
 from helpers import train as train_in_processes
 from PIL import Image
 from safetensors.torch import load_file
@@ -113,6 +114,23 @@ def test_a_signal_saves_and_ends_cleanly(tmp_path, processes, kind):
     train_in_processes(*args, "--output", output, "--resume", processes=processes)
     ours, theirs = weights(output), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_ctrl_c_leaves_spawned_workers_to_the_run(tmp_path):
+    """A terminal sends it to all processes; workers start by spawn on macOS, from a fork server since Python 3.14."""
+    code = "import multiprocessing, train; multiprocessing.set_start_method('spawn'); train.main()"
+    args = ("--num-images", 96, "--epochs", 9, "--checkpoint-every", 2, "--workers", 1, "--output", tmp_path / "run")
+    words = [sys.executable, "-c", code, *SMALL, *map(str, args)]
+    environment = ENVIRONMENT | dict(PYTHONPATH=os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]))
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+                          start_new_session=True) as run:
+        while run.poll() is None and not (tmp_path / "run" / "checkpoints" / "update-2").is_dir():
+            time.sleep(0.01)
+        os.killpg(run.pid, signal.SIGINT)
+        text, _ = run.communicate()
+    assert run.returncode == 0, text
+    assert "Traceback" not in text
+    assert "Stopped by Ctrl-C" in text
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])

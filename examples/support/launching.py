@@ -4,7 +4,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,16 +69,37 @@ class StopSignal:
         self.name = "Ctrl-C" if kind == signal.SIGINT else signal.Signals(kind).name
 
 
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Hold back the signals of `StopSignal`; processes that start within never get them.
+
+    A terminal and a cluster send them to every process of a run, workers of loaders included, and this process decides
+    what follows. Forked workers have its handlers; those that are spawned, or come from a fork server, have none, but
+    inherit what is held back.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # or its start, within, would release them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class DataError(Exception):
     """A batch could not be read."""
 
 
 def reading(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches of a loader; what fails in reading one, in a worker or here, becomes a `DataError`."""
-    iterator = iter(batches)
+    iterator, starting = iter(batches), True
     while True:
         try:
-            batch = next(iterator)
+            with holding_signals() if starting else nullcontext():
+                batch = next(iterator)
+            starting = False
         except StopIteration:
             return
         except (ValueError, OSError) as error:
