@@ -12,6 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def read_border(image: Tensor, grid: Tensor, align_corners: bool = True) -> Tensor:
+    """Read an image bilinearly at a grid, and its border outside; NaN reads the middle.
+
+    torch's sampler for CPUs takes NaN for a place in memory: its backward pass ends the process.
+    """
+    return F.grid_sample(image, grid.nan_to_num(), padding_mode="border", align_corners=align_corners)
+
+
 def layout_of(images: Tensor) -> torch.memory_format:
     """The memory format that images made of `images` should have, so that a channels-last network reads no other."""
     return torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
@@ -77,8 +85,7 @@ def zoom(source: Tensor, grid: Tensor) -> Tensor:
         places = [along * ((whole - 1) / extent) + (whole / extent - 1)
                   for along, whole, extent in zip(grid.unbind(-1), size[::-1], extents[::-1])]
         place = torch.stack(places, dim=-1).expand(source.shape[0], -1, -1, -1)
-        read = F.grid_sample(copy, place, padding_mode="border", align_corners=False)
-        zoomed = zoomed + weight * read
+        zoomed = zoomed + weight * read_border(copy, place, align_corners=False)
         if halving < halvings:
             copy = F.avg_pool2d(copy, 2)
     return zoomed.to(source.dtype, memory_format=layout_of(source))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import COMPLEMENTS, complementary_map, sampling_map
-from .multiscale import layout_of, zoom
+from .multiscale import layout_of, read_border, zoom
 from .peaks import find_peaks, partition_peaks
 from .response import gate_response, normalize_response, resize_maps
 
@@ -153,9 +153,8 @@ def resample(image: Tensor, grid: Tensor) -> Tensor:
             f"image must be B×C×H×W and grid B×H'×W'×2, got {tuple(image.shape)} and {tuple(grid.shape)}."
         )
     grid = grid.float()
-    warped = F.grid_sample(image.float(), grid, mode="bilinear", padding_mode="border", align_corners=True)
-    # the sampler takes NaN for the border; warp_grid spreads it over the whole grid, so that one number tells
-    warped += 0 * grid.detach()[:, :1, :1, :1]
+    # warp_grid spreads NaN over the whole grid, so that one number tells
+    warped = read_border(image.float(), grid) + 0 * grid.detach()[:, :1, :1, :1]
     return warped.to(image.dtype, memory_format=layout_of(image))
 
 

@@ -122,7 +122,7 @@ def test_forward_and_backward_compile_once(counter, preset):
 
 @pytest.mark.parametrize("mode", ["probability", "random", "all", "extreme"])
 def test_every_partition_compiles_forward_and_backward(counter, mode):
-    model = torch.compile(build(partition_train=mode).train(), fullgraph=True, backend=counter)
+    model = torch.compile(build(partition_train=mode, branches="O+D").train(), fullgraph=True, backend=counter)
     for count in (4, 3):
         S3NLoss()(model(dynamic(birds(count))), torch.zeros(count, dtype=torch.long)).backward()
     assert counter.frame_count == 1

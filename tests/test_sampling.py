@@ -283,11 +283,16 @@ def test_the_papers_zeros_outside_would_change_nothing(border, y, x):
 
 @pytest.mark.parametrize("size", [None, (10, 10)])
 def test_a_width_that_is_no_number_is_seen_in_the_images(size):
-    """A run that has diverged must not train on what the samplers read at coordinates that are no numbers."""
+    """A run that has diverged must not train on what the samplers read at coordinates that are no numbers.
+
+    Nor may their backward pass end the process, as torch's does on a CPU.
+    """
+    beta = torch.tensor([math.nan], requires_grad=True)
     out = sample_response(
         smooth_images(2, (20, 20)), torch.rand(2, 9, 9, generator=seeded(0)), mode="expected", grid_size=9, size=size,
-        beta_discriminative=torch.tensor([math.nan]), beta_complementary=torch.tensor([4.0]),
+        beta_discriminative=beta, beta_complementary=torch.tensor([4.0]),
     )
+    out.discriminative.image.sum().backward()
     assert out.discriminative.image.isnan().all()
     assert out.complementary.image.isfinite().all()
 
