@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of support/
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 from experiments.cub50 import RESULTS, ROWS, flag, input_side
 from experiments.runner import RunError
 from matplotlib.axes import Axes
