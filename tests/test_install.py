@@ -25,9 +25,15 @@ OF_TIMM = {"pyyaml", "tqdm"}  # in every environment, as timm and huggingface_hu
 
 WITHOUT_EXTRAS = """
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
-for name in sys.argv[1:]:
-    sys.modules[name] = None
+
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in sys.argv[1:] else super().find_spec(name, path, target)
+
+sys.meta_path = [Installed if finder is PathFinder else finder for finder in sys.meta_path]
 import timm, torch
 from PIL import Image
 import s3n_timm
