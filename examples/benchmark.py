@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 import psutil
 import timm
 import torch

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 import benchmark
 import timm
 import torch

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from support.missing import describe_import_error
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 
 
 @contextlib.contextmanager
@@ -37,9 +37,8 @@ def direct_connections() -> Iterator[None]:
                 os.environ[name] = value
 
 
-try:
-    with direct_connections():
-        import gradio as gr
+with direct_connections():
+    import gradio as gr
     import numpy as np
     import psutil
     import torch
@@ -57,8 +56,6 @@ try:
     from s3n_timm.images import read_image
     from s3n_timm.outputs import score_classes
     from s3n_timm.peaks import PARTITION_MODES
-except ImportError as error:
-    sys.exit(f"demo.py: {describe_import_error(error, 'demo')}")
 
 MAX_BYTES = 20 * 2**20  # of an upload
 MAX_UPLOADS = 200 * 2**20  # bytes of all uploads and pictures together

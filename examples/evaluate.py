@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 import datasets
 import torch
 from accelerate import Accelerator

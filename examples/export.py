@@ -15,27 +15,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
+import onnxruntime
+import onnxscript  # noqa: F401  (torch.onnx needs it)
 import timm
 import torch
-from support.missing import describe_import_error
+from rich.console import Console
+from rich.table import Table
+from support.files import replace_text, replacing_file
+from support.launching import exiting_on
+from support.quantization import export_int8
 from torch import Tensor, nn
 
 import s3n_timm
+from s3n_timm.data import drawn_birds, read_stored
 from s3n_timm.images import expand_path, find_images
 from s3n_timm.peaks import PARTITION_MODES
-
-try:
-    import onnxruntime
-    import onnxscript  # noqa: F401  (torch.onnx needs it)
-    from rich.console import Console
-    from rich.table import Table
-    from support.files import replace_text, replacing_file
-    from support.launching import exiting_on
-    from support.quantization import export_int8
-
-    from s3n_timm.data import drawn_birds, read_stored
-except ImportError as error:
-    sys.exit(f"export.py: {describe_import_error(error, 'export')}")
 
 FORMATS = ("onnx", "pt2")
 RANDOM = ("probability", "random")

@@ -30,6 +30,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 import datasets
 import torch
 from accelerate import Accelerator

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 from support.launching import accept_any_encoding, exiting_on
 from support.publishing import hub_name
 

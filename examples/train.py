@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 import timm
 import torch
 import torch.nn.functional as F

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 from matplotlib.figure import Figure
 from support.files import replacing_file
 from support.launching import exiting_on

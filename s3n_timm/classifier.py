@@ -173,7 +173,7 @@ class Classifier:
         return self.model.explain(self.to_model(self.prepare(image)[None]))
 
     def draw(self, image: ImageLike, explanation: Explanation | None = None) -> "Figure":
-        """Draw what the model sees in one image: `s3n_timm.draw.draw_explanation` (needs matplotlib).
+        """Draw what the model sees in one image: `s3n_timm.draw.draw_explanation` (needs the extra "train").
 
         Args:
             image: see `prepare`.

@@ -1,4 +1,4 @@
-"""Pictures of what a model sees, after figures 1, 2, 4 and 7 of the paper (needs matplotlib)."""
+"""Pictures of what a model sees, after figures 1, 2, 4 and 7 of the paper (needs the extra "train")."""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .extras import needs_extra
 from .layout import GAP, LARGE, LINE, SMALL, Block, create_tiles, fit_line, name_row, show, write
 from .model import S3N, Explanation
 from .outputs import S3NLogits, score_classes
@@ -59,7 +60,8 @@ def overlay(image: Image.Image | np.ndarray, heat: Tensor, alpha: float = 0.5) -
         >>> overlay(Image.new("RGB", (64, 64)), seen.maps["original"][0, 2]).size
         (64, 64)
     """
-    from matplotlib import colormaps
+    with needs_extra("train"):
+        from matplotlib import colormaps
 
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or heat.ndim != 2:

@@ -1,4 +1,4 @@
-"""Figures of tiles with lines of text above them (needs matplotlib).
+"""Figures of tiles with lines of text above them (needs the extra "train").
 
 Figures are matplotlib's `Figure` objects, made without pyplot, so that no backend is needed. Lengths are in inches,
 sizes of text in points.
@@ -8,6 +8,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from .extras import needs_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,8 +23,9 @@ SMALL, LARGE = 8, 13
 @cache
 def _advance(character: str, weight: str) -> float:
     """Width of a character in ems."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
+    with needs_extra("train"):
+        from matplotlib.font_manager import FontProperties
+        from matplotlib.textpath import text_to_path
 
     width, _, _ = text_to_path.get_text_width_height_descent(character, FontProperties(size=100, weight=weight), False)
     return width / 100
@@ -67,7 +70,8 @@ def create_tiles(
         head: float,
 ) -> "tuple[Figure, list[Block]]":
     """A figure with rows and columns of blocks, each of them rows and columns of tiles below a head of that height."""
-    from matplotlib.figure import Figure
+    with needs_extra("train"):
+        from matplotlib.figure import Figure
 
     tall, gap = side * aspect, GAP / 2
     across = tiles[1] * (side + GAP) - GAP

@@ -508,7 +508,7 @@ def test_cars_faulty_files(cars_dir):
 
 def test_cars_without_scipy(cars_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    message = "Stanford Cars comes as MATLAB files, which SciPy reads: pip install scipy"
+    message = 'scipy is missing: pip install "s3n_timm[train]"'
     fails(ImportError, message, cars, cars_dir)
 
 

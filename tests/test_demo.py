@@ -352,17 +352,6 @@ def test_environment_of_proxies_is_restored(script, monkeypatch):
     assert "no_proxy" not in os.environ
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    ("ModuleNotFoundError('no', name='gradio')", 'gradio is missing: pip install -e ".[demo]"'),
-    ("ImportError('Using SOCKS proxy, but socksio is not there.', name='httpx')", "Using SOCKS proxy"),
-])
-def test_import_error_names_what_is_missing(tmp_path, error, said):
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "gradio.py").write_text(f"raise {error}")
-    text = start(tmp_path, ok=False, PYTHONPATH=f"{tmp_path / 'modules'}:{os.environ.get('PYTHONPATH', '')}")
-    assert text.strip().splitlines()[-1].startswith(f"demo.py: {said}")
-
-
 def test_listens_on_this_computer_only_and_sends_nothing_out(server):
     connections = psutil.Process(server.process.pid).net_connections()
     assert {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN} == {"127.0.0.1"}

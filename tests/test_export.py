@@ -519,10 +519,3 @@ def test_int8_wants_the_models_classes(saved, tmp_path):
                   tmp_path / "data", "--formats", "onnx", ok=False)
     assert f"--dataset folder has 2 classes, WEIGHTS {saved} has {CLASSES}." in text
     assert "Traceback" not in text
-
-
-@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript", "rich"])
-def test_missing_packages_are_named(package, tmp_path):
-    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('no', name='{package}')")
-    text = run(command("export.py", "test_resnet", "--output", tmp_path), ok=False, PYTHONPATH=str(tmp_path))
-    assert text.strip().splitlines()[-1] == f'export.py: {package} is missing: pip install -e ".[export]"'

@@ -22,11 +22,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of support/
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
+import timm
+import torch
 from experiments.runner import EXAMPLES, Run, RunError, execute, execute_all, exit_on_signals, refuse_difference, train
 from safetensors.torch import load_file
 from support.files import replace_text

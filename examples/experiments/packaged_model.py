@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of train.py and support/
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 import train
 from support.files import replace_text
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of support/
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 from experiments.runner import EXAMPLES, Run, RunError, execute, exit_on_signals, is_done, refuse_difference
 from experiments.tables import print_table, read_metrics, summarise_runs, write_table
 from support.arguments import FREE_TO_CHANGE

@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of support/
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
+import torch
+from accelerate import Accelerator
 from benchmark import describe, draw_images, forward, show, step
 from experiments.cub50 import RESULTS, ROWS
 from support.arguments import parse_args as parse_train_args

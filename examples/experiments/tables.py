@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of support/
 
+import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
+import torch
 from experiments.cub50 import RESULTS, ROWS, flag, input_side
 from experiments.runner import RunError
 from matplotlib.axes import Axes

@@ -1,5 +1,10 @@
 """Readers of fine-grained data sets, and the drawn birds that come with the package."""
 
+from ..extras import needs_extra
+
+with needs_extra("train"):
+    import datasets  # noqa: F401  (every reader needs it)
+
 from .aircraft_cars import aircraft, cars
 from .birds import (
     DIAGNOSTIC_PARTS,

@@ -6,6 +6,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from ..extras import needs_extra
 from .index_files import check_ids, check_trained, clip_box, read_number, read_table
 from .schema import check_counts, check_image_file, check_split, data_folder, dataset_with_boxes
 
@@ -70,10 +71,8 @@ def aircraft(data_dir: str | Path, split: str = "train", verify: bool = False) -
 
 def _mat_array(path: Path, variable: str) -> Any:
     """The 1-D array that a MATLAB file holds under the name variable, its cells and structs unpacked."""
-    try:
+    with needs_extra("train"):
         from scipy import io as scipy_io  # type: ignore
-    except ImportError as error:
-        raise ImportError("Stanford Cars comes as MATLAB files, which SciPy reads: pip install scipy") from error
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; data_dir must be in the layout of Stanford Cars.")
     try:

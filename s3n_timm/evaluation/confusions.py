@@ -1,4 +1,4 @@
-"""A picture of what a model confuses (needs matplotlib)."""
+"""A picture of what a model confuses (needs the extra "train")."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..extras import needs_extra
 from .statistics import confused_pairs, per_class_accuracy
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def draw_confusions(
     Raises:
         ValueError: the lengths differ, or an index is out of range.
     """
-    from matplotlib.figure import Figure
+    with needs_extra("train"):
+        from matplotlib.figure import Figure
 
     classes = len(label_names)
     names = [(name if len(name) <= 30 else f"{name[:29]}…").replace("$", r"\$") for name in label_names]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import needs_extra
 from ..model import S3N
 from ..outputs import mean_answer
 from .tables import ResultTable
@@ -22,7 +23,8 @@ def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         C in [0, 1], NaN for a class that no image shows.
     """
-    from torchmetrics.functional.classification import multilabel_average_precision
+    with needs_extra("train"):
+        from torchmetrics.functional.classification import multilabel_average_precision
 
     # the order of a class's logits is what counts, and torchmetrics' sigmoid would make one of the large ones
     scores = logits.double() - logits.amin(0)
@@ -65,7 +67,12 @@ def summarize_labels(records: Mapping[str, Tensor], names: Sequence[str]) -> dic
         `mean_average_precision` by output, `f1_micro` and `f1_macro` of the answer, and `classes`, a list of `name`,
         `images`, `average_precision`, `precision`, `recall` and `f1`; None for a class that no image shows.
     """
-    from torchmetrics.functional.classification import multilabel_f1_score, multilabel_precision, multilabel_recall
+    with needs_extra("train"):
+        from torchmetrics.functional.classification import (
+            multilabel_f1_score,
+            multilabel_precision,
+            multilabel_recall,
+        )
 
     labels = records["label"].long()
     scores = records["logits_answer"].double().sigmoid()

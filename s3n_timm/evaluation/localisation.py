@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..extras import needs_extra
 from ..response import normalize_response, resize_maps
 from .warps import carry_back
 
@@ -65,7 +66,8 @@ def largest_region_box(maps: Tensor, threshold: float = 0.2) -> Tensor:
     Raises:
         ValueError: `maps` is not B×H×W, or `threshold` is out of range.
     """
-    from scipy import ndimage  # type: ignore[import-untyped]
+    with needs_extra("train"):
+        from scipy import ndimage  # type: ignore[import-untyped]
 
     if maps.ndim != 3:
         raise ValueError(f"maps must be B×H×W, got {maps.ndim} dimensions.")

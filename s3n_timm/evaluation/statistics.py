@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..extras import needs_extra
+
 # calibration
 
 
@@ -27,7 +29,7 @@ def nll(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
 def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0, bins: int = 15) -> Tensor:
     """Expected calibration error: mean distance of confidence from accuracy over equal bins of confidence.
 
-    Needs torchmetrics.
+    Needs the extra "train".
 
     Args:
         logits: B×C.
@@ -38,7 +40,8 @@ def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0, 
     Returns:
         Scalar in [0, 1].
     """
-    from torchmetrics.functional.classification import multiclass_calibration_error
+    with needs_extra("train"):
+        from torchmetrics.functional.classification import multiclass_calibration_error
 
     if logits.shape[1] == 1:
         return logits.new_zeros(())  # always confident and right; torchmetrics takes two classes or more
@@ -157,7 +160,7 @@ def bootstrap_interval(correct: Tensor, level: float = 0.95) -> tuple[float, flo
     """Percentile bootstrap interval of an accuracy.
 
     The number of right answers among N images drawn with replacement is binomial, so its quantiles are known and
-    nothing is drawn. Needs scipy.
+    nothing is drawn. Needs the extra "train".
 
     Args:
         correct: N booleans, one per image.
@@ -169,7 +172,8 @@ def bootstrap_interval(correct: Tensor, level: float = 0.95) -> tuple[float, flo
     Raises:
         ValueError: `correct` is empty, or `level` is out of range.
     """
-    from scipy.stats import binom  # type: ignore[import-untyped]
+    with needs_extra("train"):
+        from scipy.stats import binom  # type: ignore[import-untyped]
 
     count = len(correct)
     _check_bootstrap(count, level)

@@ -71,7 +71,7 @@ def save(
         state_dict: the weights, where the model itself holds but a shard of them.
         card: writes a model card, `README.md`, as well: the arguments of `s3n_timm.hub.model_card` beyond those
             above, such as `dict(results="evaluation/results.json")`, or `{}`. Its `picture` is the path of a picture,
-            or a `PIL.Image` to be drawn as the model, with all three branches, sees it (needs matplotlib). With
+            or a `PIL.Image` to be drawn as the model, with all three branches, sees it (needs the extra "train"). With
             `benchmark_task`, see `s3n_timm.hub.benchmark_file`, the results lie in `.eval_results` as well.
 
     Returns:
