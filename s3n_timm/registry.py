@@ -74,7 +74,8 @@ def _backbone_cfg(backbone: str) -> PretrainedCfg:
 def _packaged_cfg() -> PretrainedCfg:
     cfg, *_ = load_model_config_from_path(PACKAGED)
     known = {name: value for name, value in cfg.items() if name in PretrainedCfg.__dataclass_fields__}
-    return PretrainedCfg(**known | dict(source=None, file=str(PACKAGED / WEIGHTS), architecture=None, tag=None))
+    own = dict(source=None, file=str(PACKAGED / WEIGHTS), pool_size=(6, 6), architecture=None, tag=None)
+    return PretrainedCfg(**known | own)
 
 
 default_cfgs = generate_default_cfgs({

@@ -47,7 +47,7 @@ def test_forward(name, model):
     x = image(name)
     with torch.no_grad():
         logits = model(x)
-    assert logits.shape == (BATCH, 1000)
+    assert logits.shape == (BATCH, model.num_classes)
     assert not logits.isnan().any(), "NaN among the logits"
     model.set_grad_checkpointing()
     # with gradients, as timm's blocks only checkpoint where they are recorded
@@ -82,7 +82,8 @@ def test_config_and_classifier_removal(name, model):
         assert modules, f"the cfg has no {field}"
         absent = [module for module in modules if f"{module}.weight" not in state]
         assert not absent, f"{field} names what is no module with a weight: {absent}"
-    linear = {k.removesuffix(".weight") for k, v in state.items() if k.endswith(".weight") and v.shape[0] == 1000}
+    linear = {k.removesuffix(".weight") for k, v in state.items()
+              if k.endswith(".weight") and v.shape[0] == model.num_classes}
     assert set(cfg["classifier"]) == linear, "classifier does not list every layer that depends on num_classes"
 
     whole = cfg["fixed_input_size"] or any(fnmatch.fnmatch(name, pattern) for pattern in FULL_SIZE)
@@ -96,7 +97,7 @@ def test_config_and_classifier_removal(name, model):
         assert features.shape == unpooled, "forward_features() is not what num_features and pool_size say"
         pooled = model.forward_head(features, pre_logits=True)
         assert pooled.shape == (BATCH, model.head_hidden_size), "pre_logits are not head_hidden_size wide"
-        assert model.forward_head(features).shape == (BATCH, 1000)
+        assert model.forward_head(features).shape == (BATCH, model.num_classes)
 
         model.reset_classifier(0)
         torch.testing.assert_close(model(x), pooled, msg="reset_classifier(0) does not leave the pre_logits")
@@ -184,7 +185,7 @@ def test_traced_forward(name, model):
     with torch.no_grad():
         logits = trace(copy.deepcopy(model)).eval()(x)["joint"]
         torch.testing.assert_close(logits, model(x))
-    assert logits.shape == (BATCH, 1000)
+    assert logits.shape == (BATCH, model.num_classes)
 
 
 def test_traced_backward(name):
