@@ -461,8 +461,7 @@ def test_page_for_every_kind_of_model(script, bird, tmp_path, options):
     assert list(answer) == ["0", "1", "2"]
     assert sum(answer.values()) == pytest.approx(1)
     assert picture.width > 800
-    assert single is None or sum(single.values()) == pytest.approx(1)
-    assert (single == answer) == (options.get("branches") == "O")
+    assert sum(single.values()) == pytest.approx(1)  # every kind has the original branch
     adjusted = script.adjust(classifier.model, 0.5, 2.0, "all")
     assert adjusted.partition == "all"
     for name, value in classifier.model.state_dict().items():
