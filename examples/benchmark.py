@@ -17,7 +17,7 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -328,6 +328,14 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, torch.device], list[dict[str, 
     stage=measure_stage, model=measure_model, growth=measure_growth, data=measure_data, soak=measure_soak)
 
 
+def check_names(args: argparse.Namespace, sections: Iterable[str], parser: argparse.ArgumentParser) -> None:
+    unknown = [name for name in args.sections if name not in sections]
+    if unknown:
+        parser.error(f"unknown section {unknown[0]!r}: choose of {', '.join(sections)}.")
+    if not timm.is_model(args.backbone):
+        parser.error(f"--backbone {args.backbone} is not a timm model.")
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = f"of {', '.join(SECTIONS)}; all but soak if left out"
@@ -353,11 +361,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpu-threads", type=int)
     parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.sections if name not in SECTIONS]
-    if unknown:
-        parser.error(f"unknown section {unknown[0]!r}: choose of {', '.join(SECTIONS)}.")
-    if not timm.is_model(args.backbone):
-        parser.error(f"--backbone {args.backbone} is not a timm model.")
+    check_names(args, SECTIONS, parser)
     if (args.dataset or args.exit_entropy is not None) and not args.weights:
         parser.error("--dataset and --exit-entropy need --weights.")
     if args.exit_entropy is not None and not args.dataset:

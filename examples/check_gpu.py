@@ -22,7 +22,6 @@ from typing import Any
 
 import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 import benchmark
-import timm
 import torch
 import torch.nn.functional as F
 from support.files import replace_text
@@ -182,11 +181,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Nam
     parser.add_argument("--small", action="store_true", help="a small network on small images, to try the script")
     parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.sections if name not in SECTIONS]
-    if unknown:
-        parser.error(f"unknown section {unknown[0]!r}: choose of {', '.join(SECTIONS)}.")
-    if not timm.is_model(args.backbone):
-        parser.error(f"--backbone {args.backbone} is not a timm model.")
+    benchmark.check_names(args, SECTIONS, parser)
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here: give another --device, or install torch with CUDA.")
     if args.seconds <= 0:
