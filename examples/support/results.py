@@ -1,6 +1,7 @@
 """Evaluation, and what a run leaves at its end: results, the plain backbone, a picture and a table."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -24,8 +25,24 @@ from s3n_timm.draw import draw_explanation
 from s3n_timm.evaluation import mean_average_precision, measure_batch, summarize
 from s3n_timm.images import image_mode, input_config
 
+Measure = Callable[[Any], dict[str, Tensor]]
+
 
 @torch.inference_mode()
+def gather_rows(run: Run, loader: Any, desc: str, measure: Measure) -> dict[str, Tensor] | None:
+    """What `measure` makes of each batch, of all processes, each image once; None where a signal stopped it."""
+    accelerator = run.accelerator
+    gathered: list[dict[str, Tensor]] = []
+    for batch in reading(show_progress(loader, desc=desc, disable=not accelerator.is_main_process, leave=False)):
+        with accelerator.autocast():
+            rows = measure(batch)
+        rows["stop"] = torch.full((len(batch["label"]),), run.stop.name is not None, device=accelerator.device)
+        gathered.append(accelerator.gather_for_metrics({name: each.contiguous() for name, each in rows.items()}))
+        if len(gathered) > 1 and gathered[-2]["stop"].any():  # one batch late, as in training
+            return None
+    return {name: torch.cat([rows[name] for rows in gathered]) for name in gathered[0]}
+
+
 def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[str, float] | None:
     """`run.metric` in % of every output, each image counted once; None where a signal stopped it.
 
@@ -38,31 +55,28 @@ def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[st
     if isinstance(bare, S3N):
         bare.set_branch_logits(True)
     names: list[str] = []
-    hits: list[Tensor] = []
-    for batch in reading(show_progress(loader, desc=desc, disable=not accelerator.is_main_process, leave=False)):
-        with accelerator.autocast():
-            output = model(batch["image"])
+
+    def measure(batch: Any) -> dict[str, Tensor]:
+        output = model(batch["image"])
         known = dict(joint=output)
         if isinstance(bare, S3N):
             known = output._asdict() | {bare.config.answer: bare.decide(output)}
         known = {name: logits for name, logits in known.items() if logits is not None}
-        names = list(known)
+        names[:] = known
         label = batch["label"]
         if run.multi_label:  # the labels once, for the ranking of all images
-            columns = torch.stack([*(logits.float() for logits in known.values()), label], 1)
-        else:
-            columns = torch.stack([logits.argmax(1) == label for logits in known.values()], 1)
-        columns = torch.cat([columns, torch.full_like(columns[:, :1], run.stop.name is not None)], 1)
-        hits.append(accelerator.gather_for_metrics(columns))
-        if len(hits) > 1 and hits[-2][:, -1].any():  # one batch late, as in training
-            return None
+            return dict(columns=torch.stack([*(logits.float() for logits in known.values()), label], 1))
+        return dict(columns=torch.stack([logits.argmax(1) == label for logits in known.values()], 1))
+
+    rows = gather_rows(run, loader, desc, measure)
+    if rows is None:
+        return None
     if isinstance(bare, S3N):
         bare.set_branch_logits(None)
-    found = torch.cat(hits)[:, :-1]
     if run.multi_label:
-        *outputs, labels = found.cpu().unbind(1)
+        *outputs, labels = rows["columns"].cpu().unbind(1)
         return {name: 100 * mean_average_precision(logits, labels) for name, logits in zip(names, outputs)}
-    return dict(zip(names, (100 * found.double().mean(0)).tolist()))
+    return dict(zip(names, (100 * rows["columns"].double().mean(0)).tolist()))
 
 
 def export_backbone(run: Run, best: nn.Module, test: Any) -> dict[str, float] | None:
@@ -89,18 +103,16 @@ def measure_for_card(run: Run, kind: str, test: Any) -> bool:
     data_config = input_config(model)
     mode = image_mode(data_config["input_size"][0])
     loader = create_eval_loader(test, create_transform(**data_config), args, accelerator, mode)
-    batches: list[dict[str, Tensor]] = []
-    desc = f"test, for the card of {kind}"
-    for batch in reading(show_progress(loader, desc=desc, disable=not accelerator.is_main_process, leave=False)):
-        with torch.inference_mode(), accelerator.autocast():
-            rows = measure_batch(model, dict(batch, index=torch.zeros_like(batch["label"])))
-        rows["stop"] = torch.full_like(batch["label"], run.stop.name is not None)
-        batches.append(accelerator.gather_for_metrics({name: values.contiguous() for name, values in rows.items()}))
-        if len(batches) > 1 and batches[-2]["stop"].any():  # one batch late, as in training
-            return False
+
+    def measure(batch: Any) -> dict[str, Tensor]:
+        return measure_batch(model, dict(batch, index=torch.zeros_like(batch["label"])))
+
+    rows = gather_rows(run, loader, f"test, for the card of {kind}", measure)
+    if rows is None:
+        return False
     if not accelerator.is_main_process:
         return True
-    records = {name: torch.cat([rows[name] for rows in batches]).cpu() for name in batches[0]}
+    records = {name: values.cpu() for name, values in rows.items()}
     results = describe_results(
         model,
         data_config,
