@@ -1,9 +1,9 @@
 """Try a model in the browser: `python examples/demo.py --weights output/s3n/best`.
 
 Drop a photograph on the page, and see what the model takes it for and where it looked. Without --weights it shows the
-model of drawn birds that comes with the package. Uploads and pictures lie in a
-temporary folder that is deleted at the end; nothing is sent anywhere. Only this computer is answered (--host), and only
-under its own names (--allow-host).
+model of drawn birds that comes with the package. Each visitor's photographs stay in a gallery, to be looked at again.
+Uploads and pictures lie in a temporary folder that is deleted at the end; nothing is sent anywhere. Only this computer
+is answered (--host), and only under its own names (--allow-host).
 """
 
 import argparse
@@ -64,6 +64,7 @@ AT_ONCE = 4  # requests that are computed at one time: a slow one does not stop 
 MAX_WAITING = 64  # requests that wait
 CLASSES = 8  # of the drawn birds, as the model that comes with the package knows them
 EXAMPLES = 6
+MAX_GALLERY = 18  # photographs of one visitor, drawn birds among them
 
 TITLE = "S3N: three looks at a photograph"
 SENTENCE = (
@@ -223,6 +224,29 @@ def keep_local(move: Callable[..., Any]) -> Callable[..., Any]:
     return move_file
 
 
+def add_photograph(photograph: str | None, shown: list[str]) -> tuple[list[str], list[str]]:
+    """A visitor's gallery with a photograph more, twice: what is remembered and what the page shows.
+
+    The newest comes first. The drawn birds, at the end, stay; of the others, the oldest makes room.
+    """
+    uploads, drawn = shown[:-EXAMPLES], shown[-EXAMPLES:]
+    if photograph is not None and photograph not in shown:
+        uploads = [photograph, *uploads][:MAX_GALLERY - EXAMPLES]
+    shown = [*(path for path in uploads if Path(path).is_file()), *drawn]  # old ones are deleted, see BoundedUploads
+    return shown, shown
+
+
+def choose_photograph(shown: list[str], event: gr.SelectData) -> str:
+    """The photograph at the position of the gallery that a visitor has clicked.
+
+    Raises:
+        gradio.Error: it is there no longer.
+    """
+    if event.index not in range(len(shown)) or not Path(shown[event.index]).is_file():
+        raise gr.Error("This photograph is no longer kept: upload it again.", print_exception=False)
+    return shown[event.index]
+
+
 def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
     model = classifier.model
     sparse = bool(model.warped) and model.config.attention == "sparse"
@@ -252,7 +276,11 @@ def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
                 photograph.preprocess = lambda upload: find_upload(upload, folder)
                 photograph.async_move_resource_to_block_cache = keep_local(
                     photograph.async_move_resource_to_block_cache)
-                examples = gr.Examples(paths, photograph, label="Drawn birds", cache_examples=False)
+                gallery = gr.Gallery(
+                    paths, columns=3, height=200, object_fit="cover", show_label=False, elem_id="gallery",
+                    allow_preview=False, interactive=False, buttons=[],
+                )
+                shown = gr.State(paths)  # what a visitor's gallery holds; browsers send a position, never a path
                 threshold = gr.Slider(
                     min(0.0, own), max(round(math.log(5), 2), own), own, step=0.01, visible=gated,
                     label="Entropy gate δ",
@@ -280,10 +308,14 @@ def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
         inputs, outputs = [photograph, threshold, width, partition], [chances, single, picture]
         options = dict(fn=answer, inputs=inputs, outputs=outputs, trigger_mode="always_last", show_progress="minimal",
                        concurrency_limit=AT_ONCE, concurrency_id="explain")
-        given = gr.on([page.load, photograph.input], api_name="explain", **options)
-        given.failure(lambda: (None, None, None, None), None, [photograph, *outputs], api_visibility="private")
-        examples.load_input_event.success(api_visibility="private", **options)
-        gr.on([each.change for each in inputs[1:]], api_visibility="private", **options)
+        private = dict(api_visibility="private", show_progress="hidden")
+        uploaded = photograph.input(api_name="explain", **options)
+        uploaded.success(add_photograph, [photograph, shown], [shown, gallery], **private)
+        chosen = gallery.select(choose_photograph, shown, photograph, **private)
+        for given in (uploaded, chosen):
+            given.failure(lambda: (None, None, None, None), None, [photograph, *outputs], **private)
+        chosen.success(api_visibility="private", **options)
+        gr.on([page.load, *(each.change for each in inputs[1:])], api_visibility="private", **options)
     return page.queue(max_size=MAX_WAITING)
 
 

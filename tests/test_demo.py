@@ -26,6 +26,7 @@ from s3n_timm.data import draw_bird
 from s3n_timm.peaks import PARTITION_MODES
 
 pytest.importorskip("gradio", reason='the page needs gradio: pip install -e ".[demo]"')
+import gradio
 import httpx
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -563,10 +564,45 @@ def test_visitor_drags_a_slider(page):
     page.see(seen)
 
 
-def test_visitor_takes_an_example(page):
+def test_visitor_returns_to_photographs_of_the_gallery(page, bird, weights):
+    gallery = page.page.locator("#gallery .gallery-item")
     seen = page.see()
-    page.page.get_by_role("button", name="bird 2.png").or_(page.page.locator(".gallery-item").nth(1)).first.click()
+    assert gallery.count() == 6  # the drawn birds
+    gallery.nth(1).click()
+    seen = page.see(seen)
+    page.upload(bird)
+    uploaded = page.see(seen)
+    page.page.locator("#prediction", has_text=next(iter(expected(weights, bird)))).wait_for()
+    answer = page.prediction()
+    gallery.nth(6).wait_for()
+
+    gallery.nth(2).click()
+    seen = page.see(uploaded)
+    assert gallery.count() == 7, "only uploads are added"
+    gallery.first.click()  # the newest comes first
     page.see(seen)
+    page.page.locator("#prediction", has_text=next(iter(expected(weights, bird)))).wait_for()
+    assert page.prediction() == answer
+
+
+def test_gallery_keeps_the_drawn_birds_and_the_newest_uploads(script, tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(script.MAX_GALLERY + 2)]
+    for path in paths:
+        path.touch()
+    drawn, shown = [str(path) for path in paths[:script.EXAMPLES]], None
+    for path in paths[script.EXAMPLES:]:
+        shown, seen = script.add_photograph(str(path), shown or drawn)
+        assert shown == seen
+    assert shown == [*map(str, reversed(paths[script.EXAMPLES + 2:])), *drawn]
+    assert script.add_photograph(shown[1], shown)[0] == shown
+    assert script.add_photograph(None, shown)[0] == shown, "the page was emptied"
+
+    Path(shown[2]).unlink()
+    assert script.add_photograph(None, shown)[0] == [*shown[:2], *shown[3:]]
+    for index in (2, len(shown), -1, "0", None):
+        with pytest.raises(gradio.Error):
+            script.choose_photograph(shown, gradio.SelectData(None, dict(index=index, value=None)))
+    assert script.choose_photograph(shown, gradio.SelectData(None, dict(index=0, value=None))) == shown[0]
 
 
 def test_visitor_uploads_a_photograph(page, weights):
