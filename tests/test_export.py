@@ -27,11 +27,13 @@ pytest.importorskip("onnxscript", reason="the export extra is not installed")
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "cub50" / "images"
 CLASSES = 7
 SIDE = 160
-SIDES = {  # the smallest inputs with several peaks
-    "resnet50": 160,
-    "tf_efficientnet_lite0": 160,
-    "swin_tiny_patch4_window7_224": 128,
-    "convnext_tiny": 128,
+# a small model of each family, and the input that gives several peaks
+FAMILIES = {
+    "test_resnet": dict(side=SIDE),
+    "test_efficientnet": dict(side=SIDE),
+    "test_convnext": dict(side=SIDE),
+    "swin_tiny_patch4_window7_224": dict(
+        side=128, img_size=128, backbone_args=dict(depths=(2, 1, 1, 1), embed_dim=24, num_heads=(1, 2, 2, 2))),
 }
 
 
@@ -54,8 +56,9 @@ def photographs(count=5, side=SIDE):
 def build(backbone="test_resnet", **options):
     """A model whose random weights give logits of about 3 and several peaks: rounding errors show in its logits."""
     torch.manual_seed(0)
+    options = FAMILIES[backbone] | options
+    side = options.pop("side")
     model = S3N(backbone, CLASSES, **options).eval()
-    side = SIDES.get(backbone, SIDE)
     with torch.no_grad():
         for module in model.modules():  # timm starts the last norm of a residual branch, or its scale, at about 0
             if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
@@ -120,13 +123,18 @@ def test_forward_and_backward_compile_once(counter, preset):
         assert counter.frame_count == 1, f"compiled again for a batch of {count}"
 
 
-@pytest.mark.parametrize("mode", ["probability", "random", "all", "extreme"])
-def test_every_partition_compiles_forward_and_backward(counter, mode):
-    model = torch.compile(build(partition_train=mode, branches="O+D").train(), fullgraph=True, backend=counter)
+@pytest.mark.parametrize("mode", ["probability", "extreme"])  # drawn and not; test_sampling compiles all forward
+def test_partitions_compile_forward_and_backward(counter, mode):
+    compiled = torch.compile(sample_response, fullgraph=True, backend=counter)
+    betas = [torch.tensor(value, requires_grad=True) for value in (2.0, 6.0)]
     for count in (4, 3):
-        S3NLoss()(model(dynamic(birds(count))), torch.zeros(count, dtype=torch.long)).backward()
+        response = torch.rand(count, 9, 9, generator=torch.Generator().manual_seed(count), requires_grad=True)
+        sample = compiled(dynamic(birds(count)), dynamic(response), mode=mode, beta_discriminative=betas[0],
+                          beta_complementary=betas[1])
+        gradients = torch.autograd.grad(
+            sample.discriminative.image.square().sum() + sample.complementary.image.square().sum(), betas)
+        assert all(gradient.isfinite() and gradient != 0 for gradient in gradients)
     assert counter.frame_count == 1
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_number_of_peaks_does_not_recompile(counter):
@@ -178,12 +186,12 @@ def test_inductor_gives_the_same_logits():
 # torch.export
 
 
-@pytest.mark.parametrize(("backbone", "preset"), [("test_resnet", "paper"), ("test_resnet", "original"),
+# export.py, below, exports test_resnet with the paper's preset
+@pytest.mark.parametrize(("backbone", "preset"), [("test_resnet", "original"),
                                                   ("swin_tiny_patch4_window7_224", "paper")])
 def test_exported_program_survives_saving(backbone, preset, tmp_path):
-    side = SIDES.get(backbone, SIDE)
-    model = build(backbone, preset=preset, **(dict(img_size=side) if "swin" in backbone else {}))
-    images = birds(side=side)
+    model = build(backbone, preset=preset)
+    images = birds(side=FAMILIES[backbone]["side"])
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         program = torch.export.export(model, (images[:3],), dynamic_shapes=({0: batch},))
@@ -204,11 +212,11 @@ def start(path):
     return lambda images: torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
 
 
-@pytest.fixture(scope="module", params=SIDES)
-def exported(request, tmp_path_factory):
-    """A model of each family with its ONNX file."""
-    side = SIDES[request.param]
-    model = build(request.param, **(dict(img_size=side) if "swin" in request.param else {}))
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A transformer with its ONNX file; export.py, below, exports a network of convolutions."""
+    name = "swin_tiny_patch4_window7_224"
+    model, side = build(name), FAMILIES[name]["side"]
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     torch.onnx.export(
         model,
@@ -265,12 +273,11 @@ def test_onnx_runtime_finds_the_peaks_of_plateaus(tmp_path):
 # FX
 
 
-@pytest.mark.parametrize("backbone", SIDES)
+@pytest.mark.parametrize("backbone", FAMILIES)
 def test_fx_follows_every_family(backbone):
-    size = dict(img_size=SIDES[backbone]) if "swin" in backbone else {}
-    model = build(backbone, **size)
+    model = build(backbone)
     traced = timm.models.create_feature_extractor(model, {"fusion": "joint"})
-    images = birds(2, SIDES[backbone])
+    images = birds(2, FAMILIES[backbone]["side"])
     with torch.no_grad():
         torch.testing.assert_close(traced(images)["joint"], model(images))
         torch.testing.assert_close(traced(images[:1])["joint"], model(images[:1]))
@@ -279,7 +286,7 @@ def test_fx_follows_every_family(backbone):
 # the script
 
 
-def export(*args, ok=True):
+def export_script(*args, ok=True):
     return run(command("export.py", *args, "--cpu-threads", "1"), ok)
 
 
@@ -296,7 +303,7 @@ def saved(tmp_path_factory):
 def finished(saved, tmp_path_factory):
     """What the script printed and wrote, int8 and all."""
     output = tmp_path_factory.mktemp("exported")
-    text = export(saved, "--output", output, "--num-images", 5, "--batch-sizes", 1, 3, "--repetitions", 2,
+    text = export_script(saved, "--output", output, "--num-images", 5, "--batch-sizes", 1, 3, "--repetitions", 2,
                   "--no-compile", "--int8", "static", "--dataset", "birds", "--num-calibration", 7, "--num-test", 21)
     return text, output
 
@@ -375,21 +382,19 @@ def test_int8_accuracy_is_that_of_the_labelled_images(finished, saved):
         assert result[name]["megabytes"] == pytest.approx((output / file).stat().st_size / 1e6)
 
 
-def test_int8_of_linear_layers(tmp_path):
+def test_int8_of_linear_layers(exported, tmp_path):
     """dynamic: a model of convolutions and linear layers has the linear ones quantised alone."""
     from support import quantization
 
-    model = build("test_convnext")
-    images = birds(3)
-    torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=True, input_names=["image"],
-                      output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False)
-    sentence = quantization.quantise(tmp_path / "model.onnx", tmp_path / "int8.onnx", "dynamic", None)
+    model, path, side = exported
+    images = birds(3, side)
+    sentence = quantization.quantise(path, tmp_path / "int8.onnx", "dynamic", None)
     operations = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]
     assert "ConvInteger" not in operations
     done, total = map(int, re.search(r"(\d+) of (\d+) layers", sentence).groups())
     assert 0 < operations.count("MatMulInteger") == done < total
     difference = (start(tmp_path / "int8.onnx")(images) - model(images)).abs()
-    assert 0 < difference.median() < 0.1, "peaks of an image may move with a rounded response, not most logits"
+    assert 0 < difference.median() < 0.3, "peaks of an image may move with a rounded response, not most logits"
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -420,7 +425,7 @@ def test_folding_shares_weights_of_both_passes(bias, tmp_path):
 
 
 def test_script_compiles_an_untrained_name(tmp_path):
-    text = export("test_resnet", "--output", tmp_path / "out", "--formats", "pt2", "--num-images", 2,
+    text = export_script("test_resnet", "--output", tmp_path / "out", "--formats", "pt2", "--num-images", 2,
                   "--batch-sizes", 2, "--repetitions", 1)
     assert "untrained" in text
     rows = json.loads((tmp_path / "out" / "export.json").read_text())["rows"]
@@ -429,7 +434,7 @@ def test_script_compiles_an_untrained_name(tmp_path):
 
 
 def test_script_fails_where_a_runtime_differs(saved, tmp_path):
-    text = export(saved, "--output", tmp_path, "--num-images", 3, "--batch-sizes", 3, "--repetitions", 1,
+    text = export_script(saved, "--output", tmp_path, "--num-images", 3, "--batch-sizes", 3, "--repetitions", 1,
                   "--no-compile", "--tolerance", "1e-12", "--images", _photograph(tmp_path), ok=False)
     last = text.strip().splitlines()[-1]
     assert re.fullmatch(r"export\.py: (ONNX Runtime|torch\.export) differs from eager by .* at batch size 3 \(.*"
@@ -449,12 +454,12 @@ def test_random_partition_is_refused_or_replaced(tmp_path):
                            data_config=dict(input_size=(3, SIDE, SIDE)))
     arguments = (folder, "--output", tmp_path / "out", "--no-compile", "--num-images", 2, "--batch-sizes", 2,
                  "--repetitions", 1)
-    text = export(*arguments, ok=False)
+    text = export_script(*arguments, ok=False)
     assert text.strip().splitlines()[-1].startswith("export.py: WEIGHTS")
     assert "--partition-eval expected" in text
     assert "Traceback" not in text
     assert not (tmp_path / "out").exists()
-    export(*arguments, "--formats", "onnx", "--partition-eval", "extreme")
+    export_script(*arguments, "--formats", "onnx", "--partition-eval", "extreme")
     expected = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     expected.configure(partition_eval="extreme")
     images = birds()
@@ -515,7 +520,7 @@ def test_int8_wants_the_models_classes(saved, tmp_path):
             (tmp_path / "data" / split / label).mkdir(parents=True)
             pixels = np.random.default_rng(len(label + split)).integers(0, 255, (70, 70, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / split / label / "0.png")
-    text = export(saved, "--output", tmp_path / "out", "--int8", "static", "--dataset", "folder", "--data-dir",
+    text = export_script(saved, "--output", tmp_path / "out", "--int8", "static", "--dataset", "folder", "--data-dir",
                   tmp_path / "data", "--formats", "onnx", ok=False)
     assert f"--dataset folder has 2 classes, WEIGHTS {saved} has {CLASSES}." in text
     assert "Traceback" not in text
