@@ -25,8 +25,8 @@ import s3n_timm
 
 CLEAR = (ValueError, RuntimeError, OSError, TypeError)
 CLASSES = 5
-WEIGHTS_FILES = 20  # of each kind of mutation
-CONFIG_FILES = 350
+WEIGHTS_FILES = 10  # of each kind of mutation
+CONFIG_FILES = 200
 
 
 @pytest.fixture(scope="module")

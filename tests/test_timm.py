@@ -154,8 +154,8 @@ def test_forward_intermediates(name, model):
     model.set_grad_checkpointing(False)
 
 
-@pytest.mark.parametrize("chans", [1, 4])
-def test_in_chans(name, chans):
+def test_in_chans(name):
+    chans = (1, 4)[NAMES.index(name) % 2]
     model = build(name, num_classes=5, in_chans=chans).train()
     assert model.in_chans == chans
     outputs = torch.cat(model(image(name, chans)))
