@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -88,3 +90,23 @@ def largest_difference(ours: Path, theirs: Path, buffers: bool = True, kind: str
     assert a.keys() == b.keys()
     names = [name for name in a if buffers or "running" not in name]
     return max((a[name].double() - b[name].double()).abs().max().item() for name in names)
+
+
+CHANNELS = dict(blue=2, green=1, red=0)  # of the labels of write_labels
+
+
+def write_labels(root: Path, counts: dict[str, int]) -> Path:
+    """Images of noise in which every label brightens a channel, beside their metadata.csv."""
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        (root / split / "images").mkdir(parents=True)
+        lines = ["file_name,labels,photographer"]
+        for i in range(count):
+            pixels = random.integers(0, 120, (64, 64, 3))
+            labels = [name for bit, name in enumerate(CHANNELS) if i >> bit & 1]
+            for name in labels:
+                pixels[..., CHANNELS[name]] += 130
+            Image.fromarray(pixels.astype("uint8")).save(root / split / "images" / f"{i}.png")
+            lines.append(f"images/{i}.png,{' | '.join(labels)},somebody")
+        (root / split / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return root

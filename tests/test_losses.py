@@ -5,11 +5,10 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from helpers import call, train
+from helpers import call, train, write_labels
 from PIL import Image
 from support.arguments import parse_args
 from support.losses import list_class_weights, read_class_weights
@@ -128,26 +127,6 @@ def test_what_does_not_combine_is_refused_at_once(args, message, capsys):
 
 
 # several labels an image
-
-COLORS = dict(blue=2, green=1, red=0)  # class to channel
-
-
-def write_labels(root: Path, counts: dict[str, int]) -> Path:
-    """Images of noise in which every label brightens a channel, beside their metadata.csv."""
-    random = np.random.default_rng(0)
-    for split, count in counts.items():
-        (root / split / "images").mkdir(parents=True)
-        lines = ["file_name,labels,photographer"]
-        for i in range(count):
-            pixels = random.integers(0, 120, (64, 64, 3))
-            labels = [name for bit, name in enumerate(COLORS) if i >> bit & 1]
-            for name in labels:
-                pixels[..., COLORS[name]] += 130
-            Image.fromarray(pixels.astype("uint8")).save(root / split / "images" / f"{i}.png")
-            lines.append(f"images/{i}.png,{' | '.join(labels)},somebody")
-        (root / split / "metadata.csv").write_text("\n".join(lines) + "\n")
-    return root
-
 
 LABELS = ("--dataset", "multi-label", "--recipe", "birds", "--data-dir")
 

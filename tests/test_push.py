@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import yaml
-from helpers import call, train
+from helpers import call, train, write_labels
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -109,6 +109,20 @@ def test_results_for_the_card_are_those_of_evaluate(finished, resumed, tmp_path)
     assert ours["model"] == theirs["model"]
     assert theirs["measures"].keys() - ours["measures"].keys() <= {
         "boxes", "hits", "localisation", "magnification", "parts"}  # of annotations
+
+
+def test_cards_of_several_labels_state_average_precision(hub, tmp_path):
+    data = write_labels(tmp_path / "data", dict(train=16, val=8, test=8))
+    train("--dataset", "multi-label", "--recipe", "birds", "--data-dir", data, *SHORT, "--output", tmp_path / "run",
+          "--push-to-hub", "alice/labels", "--push-backbone", "alice/one-pass")
+    trained = json.loads((tmp_path / "run" / "results.json").read_text())
+    expected = {"alice/labels": trained["test_map"]["best"]["joint"], "alice/one-pass": trained["backbone_map"]}
+    for repo_id, value in expected.items():
+        card = card_of(hub, repo_id)
+        (measured,) = card.data.eval_results
+        assert (measured.metric_type, measured.metric_value) == ("mean_average_precision", pytest.approx(value))
+        assert "| green | 4 |" in card.content
+        assert "top-1" not in card.content
 
 
 def test_only_one_process_pushes(hub, tmp_path):

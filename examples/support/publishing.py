@@ -33,9 +33,6 @@ def check_hub_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         parser.error("--push-backbone needs an S3N with the O branch: give --push-to-hub alone.")
     if args.push_backbone and args.push_backbone == args.push_to_hub:
         parser.error(f"--push-to-hub and --push-backbone both name {args.push_to_hub}: give each model its own.")
-    if args.dataset == "multi-label" and pushed(args):
-        parser.error("The card states top-1 accuracy, which images with several labels do not have: push the trained "
-                     "model by push.py.")
     if args.hub_private and not pushed(args):
         parser.error("--hub-private needs a repository: give --push-to-hub.")
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from support.files import replace_text, replacing_file
 from torch import Tensor
 
-from s3n_timm.evaluation import OUTPUTS, ResultTable, confused_pairs, draw_confusions, label_tables, result_tables
+from s3n_timm.evaluation import OUTPUTS, ResultTable, confused_pairs, draw_confusions, result_tables
 
 # files
 
@@ -89,7 +89,7 @@ def report(results: dict[str, Any], records: dict[str, Tensor], names: list[str]
 
 
 def report_labels(results: dict[str, Any], output: Path, console: Console) -> None:
-    for table in label_tables(results["measures"]):
+    for table in result_tables(results["measures"]).values():
         print_table(table, console)
     classes = results["measures"]["classes"]
     write_csv(output / "per_class.csv", list(classes[0]), map(dict.values, classes))

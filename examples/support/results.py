@@ -22,7 +22,14 @@ from torch import Tensor, nn
 import s3n_timm
 from s3n_timm import S3N
 from s3n_timm.draw import draw_explanation
-from s3n_timm.evaluation import mean_average_precision, measure_batch, summarize
+from s3n_timm.evaluation import (
+    UNITS,
+    mean_average_precision,
+    measure_batch,
+    measure_labels,
+    summarize,
+    summarize_labels,
+)
 from s3n_timm.images import image_mode, input_config
 
 Measure = Callable[[Any], dict[str, Tensor]]
@@ -105,7 +112,8 @@ def measure_for_card(run: Run, kind: str, test: Any) -> bool:
     loader = create_eval_loader(test, create_transform(**data_config), args, accelerator, mode)
 
     def measure(batch: Any) -> dict[str, Tensor]:
-        return measure_batch(model, dict(batch, index=torch.zeros_like(batch["label"])))
+        measure_rows = measure_labels if run.multi_label else measure_batch
+        return measure_rows(model, dict(batch, index=torch.zeros_like(batch["label"])))
 
     rows = gather_rows(run, loader, f"test, for the card of {kind}", measure)
     if rows is None:
@@ -113,15 +121,17 @@ def measure_for_card(run: Run, kind: str, test: Any) -> bool:
     if not accelerator.is_main_process:
         return True
     records = {name: values.cpu() for name, values in rows.items()}
+    several = run.multi_label
     results = describe_results(
         model,
         data_config,
-        summarize(records, seed=args.seed),
+        summarize_labels(records, run.names) if several else summarize(records, seed=args.seed),
         accelerator,
         weights=str(args.output / kind),
         dataset=args.dataset,
         split=args.test_split if args.dataset.startswith("hub:") else "test",
         images=len(records["label"]),
+        units="%" if several else UNITS,
     )
     path = measured_path(args.output, kind)
     with explaining_output(path):

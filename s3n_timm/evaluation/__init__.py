@@ -22,7 +22,6 @@ from .geometry import (
 )
 from .labels import (
     average_precision,
-    label_tables,
     mean_average_precision,
     measure_labels,
     summarize_labels,
@@ -82,7 +81,6 @@ __all__ = [
     "hit_rate",
     "insertion_curve",
     "invert_warp",
-    "label_tables",
     "largest_region_box",
     "localisation_accuracy",
     "localisation_maps",

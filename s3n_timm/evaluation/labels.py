@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..extras import needs_extra
 from ..model import S3N
 from ..outputs import mean_answer
-from .tables import ResultTable
 
 
 def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
@@ -91,20 +90,3 @@ def summarize_labels(records: Mapping[str, Tensor], names: Sequence[str]) -> dic
         f1_macro=100 * float(columns["f1"][shown].mean().nan_to_num(0.0)),
         classes=classes,
     )
-
-
-def label_tables(measures: Mapping[str, Any]) -> list[ResultTable]:
-    """Tables of what `summarize_labels` gives."""
-    def percent(value: float | None) -> str | None:
-        return None if value is None else f"{value:.1f}"
-
-    means = measures["mean_average_precision"]
-    kinds = ("average_precision", "precision", "recall", "f1")
-    return [
-        ResultTable("Mean average precision, %", ("output", "mAP"),
-                    [(name, percent(each)) for name, each in means.items()]),
-        ResultTable("Classes, %; precision, recall and F1 at probability ½",
-                    ("class", "images", "average precision", "precision", "recall", "F1"),
-                    [(row["name"], str(row["images"]), *(percent(row[kind]) for kind in kinds))
-                     for row in measures["classes"]]),
-    ]

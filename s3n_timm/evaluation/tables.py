@@ -1,6 +1,6 @@
 """Results of an evaluation as rows of text, for the terminal and for the model card."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 INITIALS = dict(discriminative="D", complementary="C")
@@ -18,12 +18,16 @@ def result_tables(measures: Mapping[str, Any]) -> dict[str, ResultTable]:
     """Tables of the metrics of a split.
 
     Args:
-        measures: what `summarize` returned, or `measures` of the results.json of examples/evaluate.py.
+        measures: what `summarize` or `summarize_labels` returned, or `measures` of the results.json of
+            examples/evaluate.py.
 
     Returns:
         Tables by name, in the order in which they are read: `accuracy`, `metrics` and, where they were measured,
-        `localisation`, `faithfulness`, `early_exit`, `magnification` and `parts`.
+        `localisation`, `faithfulness`, `early_exit`, `magnification` and `parts`. Where images have several labels,
+        `precision` and `classes`.
     """
+    if "mean_average_precision" in measures:
+        return dict(precision=_precision(measures["mean_average_precision"]), classes=_classes(measures["classes"]))
     tables = dict(accuracy=_accuracy(measures["accuracy"]), metrics=_metrics(measures))
     makers = dict(
         localisation=_localisation,
@@ -48,6 +52,18 @@ def _accuracy(outputs: Mapping[str, Any]) -> ResultTable:
         rows.append((name, *(f"{metrics[kind]:.1f} ({low:.1f}–{high:.1f})"
                              for kind, (low, high) in zip(("top1", "top5"), intervals))))
     return ResultTable("Accuracy, % with 95 % interval", ("output", "top-1 %", "top-5 %"), rows)
+
+
+def _precision(outputs: Mapping[str, Any]) -> ResultTable:
+    rows = [(name, _number(each)) for name, each in outputs.items()]
+    return ResultTable("Mean average precision, %", ("output", "mAP"), list(rows))
+
+
+def _classes(classes: Sequence[Mapping[str, Any]]) -> ResultTable:
+    kinds = ("average_precision", "precision", "recall", "f1")
+    return ResultTable("Classes, %; precision, recall and F1 at probability ½",
+                       ("class", "images", "average precision", "precision", "recall", "F1"),
+                       [(row["name"], str(row["images"]), *(_number(row[kind]) for kind in kinds)) for row in classes])
 
 
 def _metrics(measures: Mapping[str, Any]) -> ResultTable:

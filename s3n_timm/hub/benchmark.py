@@ -34,6 +34,8 @@ def benchmark_file(model: nn.Module, results: Source | None, task: str) -> tuple
     dataset = hub_dataset(measured.get("dataset"))
     if dataset is None:
         raise ValueError("benchmark_task needs results that were measured on a data set of the Hub, hub:USER/NAME.")
+    if "accuracy" not in measured["measures"]:
+        raise ValueError("benchmark_task needs top-1 accuracy, which images with several labels do not have.")
     entry = EvalResultEntry(
         dataset_id=dataset,
         task_id=task,

@@ -350,8 +350,16 @@ def answer_accuracy(results: Mapping[str, Any]) -> Mapping[str, Any]:
     return results["measures"]["accuracy"][results["model"].get("s3n", {}).get("answer", "joint")]
 
 
+def _answer_metrics(results: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Kind, name and value in % of what counts of the output that the model answers with."""
+    measures = results["measures"]
+    if "mean_average_precision" in measures:
+        return [("mean_average_precision", "mean average precision, %", measures["mean_average_precision"]["answer"])]
+    accuracy, titles = answer_accuracy(results), dict(top1="top-1", top5="top-5")
+    return [("accuracy", f"{title} accuracy, %", accuracy[key]) for key, title in titles.items()]
+
+
 def _metadata_of_results(results: Mapping[str, Any]) -> list[EvalResult]:
-    accuracy = answer_accuracy(results)
     dataset = _data_name(str(results["dataset"]))
     return [
         EvalResult(
@@ -359,11 +367,11 @@ def _metadata_of_results(results: Mapping[str, Any]) -> list[EvalResult]:
             dataset_type=dataset,
             dataset_name=dataset,
             dataset_split=results["split"],
-            metric_type="accuracy",
-            metric_name=f"{title} accuracy, %",
-            metric_value=accuracy[key],
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
         )
-        for key, title in (("top1", "top-1"), ("top5", "top-5"))
+        for kind, name, value in _answer_metrics(results)
     ]
 
 
@@ -382,8 +390,8 @@ def _results(results: Mapping[str, Any] | None) -> str:
         f"input {' × '.join(map(str, used['input_size'][1:]))} px, {used['interpolation']}, crop {used['crop_pct']} "
         f"({used['crop_mode']}), one view, no test-time augmentation",
         *([f"peaks divided by `{partition}`"] if partition else []),
-        f"intervals: {INTERVAL}; they do not cover how runs differ by their seeds",
-        f"calibration: {measures['calibration']['method']}",
+        *([f"intervals: {INTERVAL}; they do not cover how runs differ by their seeds",
+           f"calibration: {measures['calibration']['method']}"] if "accuracy" in measures else []),
         *([f"faithfulness: {measures['faithfulness']['method']}"] if "faithfulness" in measures else []),
         f"units: {results['units']}",
         f"by examples/evaluate.py on {run.get('device', 'an unknown device')}, {versions or 'unknown versions'}",
@@ -403,6 +411,7 @@ def _picture(picture: str | None) -> str:
 
 def _limits(model: nn.Module, measured: Mapping[str, Any] | None, further: Sequence[str]) -> str:
     known = [
+        "It knows its own classes alone, each of which is in an image or not." if is_multi_label(model) else
         "It knows its own classes alone and gives one of them to any image, also to one that shows none of them.",
         "How it does on other data, cameras or places than those of the results above is not known." if measured else
         "Nothing was measured here: don't rely on it before you have measured it on your own images.",
