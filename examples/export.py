@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from support.files import replace_text, replacing_file
 from support.launching import exiting_on
-from support.quantization import export_int8
+from support.quantization import export_int8, load_int8_data
 from torch import Tensor, nn
 
 import s3n_timm
@@ -269,9 +269,10 @@ def main(argv: list[str] | None = None) -> None:
             return classifier.transform(read_stored(image, classifier.mode))
 
         images, names = load_images(args, data_config, read)
+        labelled = load_int8_data(args, model.num_classes, read) if args.int8 else None
         args.output.mkdir(parents=True, exist_ok=True)
         export_files(model, images[0], classifier, args)
-        int8 = export_int8(start_onnx, model.num_classes, read, args, console) if args.int8 else None
+        int8 = export_int8(start_onnx, labelled, args, console) if labelled else None
     try:
         rows = compare(start_runtimes(model, args), images, names, args)
     except torch._dynamo.exc.TorchDynamoException as error:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -69,6 +69,26 @@ def load_labelled(
     dataset = dataset.shuffle(seed=0).select(range(min(count or len(dataset), len(dataset))))
     images = torch.stack([read(row["image"]) for row in store_images(dataset)])
     return images, torch.tensor(dataset["label"][:])
+
+
+class Int8Data(NamedTuple):
+    """Preprocessed images: what calibrates int8, where that is done, and labelled ones that measure it."""
+
+    calibration: Tensor | None
+    images: Tensor
+    labels: Tensor
+
+
+def load_int8_data(args: argparse.Namespace, num_classes: int, read: Callable[[Any], Tensor]) -> Int8Data:
+    """`read` preprocesses an image as a data set stores it.
+
+    Raises:
+        ValueError: the data set has other classes than the model, no image, or several labels an image.
+    """
+    calibration = None
+    if args.int8 == "static":
+        calibration, _ = load_labelled(args, "train", args.num_calibration, num_classes, read)
+    return Int8Data(calibration, *load_labelled(args, "test", args.num_test, num_classes, read))
 
 
 def list_nodes(model: onnx.ModelProto, kinds: tuple[str, ...]) -> list[str]:
@@ -198,19 +218,12 @@ def top1(run: Run, images: Tensor, labels: Tensor) -> float:
 
 def export_int8(
         start: Callable[[Path, int], Run],
-        num_classes: int,
-        read: Callable[[Any], Tensor],
+        data: Int8Data,
         args: argparse.Namespace,
         console: Console,
 ) -> dict[str, Any]:
-    """Write model.int8.onnx and measure it beside model.onnx on labelled images that did not calibrate it.
-
-    `read` preprocesses an image as a data set stores it.
-    """
-    calibration = None
-    if args.int8 == "static":
-        calibration, _ = load_labelled(args, "train", args.num_calibration, num_classes, read)
-    images, labels = load_labelled(args, "test", args.num_test, num_classes, read)
+    """Write model.int8.onnx and measure it beside model.onnx on labelled images that did not calibrate it."""
+    calibration, images, labels = data
     sentence = quantise(args.output / "model.onnx", args.output / "model.int8.onnx", args.int8, calibration)
     console.print(sentence, highlight=False)
     result: dict[str, Any] = dict(kind=args.int8, dataset=args.dataset, images=len(images), note=sentence)
