@@ -3,9 +3,14 @@
 import contextlib
 import importlib
 import io
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
 
@@ -74,11 +79,56 @@ def call(script: str, *args: object, ok: bool = True, **environment: str) -> str
     return text.getvalue()
 
 
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+# forks processes after the imports that take each of them seconds
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["accelerate", "datasets", "s3n_timm", "timm", "torch"])
+
+
+def _become(script: str, argv: list[str], environment: dict[str, str], log: str) -> None:
+    """Be a script, in a new process."""
+    os.environ.update(environment)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv[:] = [script, *argv]
+    runpy.run_path(script, run_name="__main__")
+
+
+def call_together(script: str, *args: object, processes: int, ok: bool = True, **environment: str) -> str:
+    """What a script printed in several processes, with the environment that torchrun gives to them."""
+    shared = ENVIRONMENT | environment | dict(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(processes))
+    with tempfile.TemporaryDirectory() as folder:
+        log, started = Path(folder, "log"), []
+        for rank in map(str, range(processes)):
+            words = (str(EXAMPLES / script), list(map(str, args)), dict(shared, RANK=rank, LOCAL_RANK=rank), str(log))
+            started.append(FORKS.Process(target=_become, args=words))
+            started[-1].start()
+        alive = list(started)
+        while alive and not any(process.exitcode for process in started):
+            ended = wait([process.sentinel for process in alive], timeout=300)
+            assert ended, log.read_text(encoding="utf-8")
+            alive = [process for process in alive if process.sentinel not in ended]
+        for process in alive:  # one has failed, for which the others would wait
+            process.terminate()
+        for process in started:
+            process.join()
+        text = log.read_text(encoding="utf-8")
+        assert all(process.exitcode == 0 for process in started) == ok, text
+        return text
+
+
 def train(*args: object, processes: int = 1, ok: bool = True, **environment: str) -> str:
     """train.py on few drawn birds: in this process, or in several of their own."""
     if processes == 1:
         return call("train.py", *SMALL, *args, ok=ok, **environment)
-    return run(command("train.py", *SMALL, *args, processes=processes), ok, **environment)
+    return call_together("train.py", *SMALL, *args, processes=processes, ok=ok, **environment)
 
 
 def weights(output: Path, kind: str = "last") -> dict[str, torch.Tensor]:
