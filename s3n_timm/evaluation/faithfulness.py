@@ -137,20 +137,7 @@ def insertion_curve(
     """Probability of a class while the most important pixels replace those of a blurred copy, see `blur`.
 
     RISE starts from a blurred image too: pixels on a flat one would make sharp edges, which networks take for shapes.
-
-    Args:
-        classify: as for `replacement_curve`, and so are the others.
-        images: B×3×H×W, normalised.
-        importance: B×H×W.
-        classes: B class indices.
-        steps: S.
-        kwargs: `batch_size`.
-
-    Returns:
-        B×(S+1) probabilities at the shares 0, 1/S, …, 1 of inserted pixels, float32.
-
-    Raises:
-        ValueError: as for `replacement_curve`.
+    Arguments and errors are those of `deletion_curve`, and what is returned is, by shares of inserted pixels.
     """
     return replacement_curve(classify, blur(images), images, importance, classes, steps, **kwargs)
 
