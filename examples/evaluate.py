@@ -39,7 +39,6 @@ from s3n_timm.early_exit import choose_exit_entropy
 from s3n_timm.evaluation import (
     CALIBRATION,
     CROP_MODES,
-    UNITS,
     Crop,
     as_plain,
     carry_annotations,
@@ -345,7 +344,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             dataset=args.dataset,
             split=args.split,
             images=len(dataset),
-            units="%" if several else UNITS,
             seconds=seconds,
             images_per_second=len(dataset) / seconds,
             args={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},

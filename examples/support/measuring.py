@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import s3n_timm
-from s3n_timm.evaluation import as_plain
+from s3n_timm.evaluation import UNITS, as_plain
 from s3n_timm.hub import count_parameters
 
 
@@ -33,7 +33,7 @@ def describe_model(model: nn.Module, data_config: Mapping[str, Any]) -> dict[str
 
 def describe_results(
         model: nn.Module, data_config: Mapping[str, Any], measures: Mapping[str, Any], accelerator: Accelerator,
-        *, weights: str, dataset: str, split: str, images: int, units: Any, **run: Any,
+        *, weights: str, dataset: str, split: str, images: int, **run: Any,
 ) -> dict[str, Any]:
     """What a results.json holds: what was measured on what, and by what run."""
     versions = dict(s3n_timm=s3n_timm.__version__, timm=timm.__version__, torch=torch.__version__)
@@ -42,7 +42,7 @@ def describe_results(
         dataset=dataset,
         split=split,
         images=images,
-        units=units,
+        units=UNITS if "accuracy" in measures else "%",
         model=as_plain(describe_model(model, data_config)),
         measures=measures,
         run=dict(run, processes=accelerator.num_processes, device=str(accelerator.device), versions=versions),

@@ -23,7 +23,6 @@ import s3n_timm
 from s3n_timm import S3N
 from s3n_timm.draw import draw_explanation
 from s3n_timm.evaluation import (
-    UNITS,
     mean_average_precision,
     measure_batch,
     measure_labels,
@@ -121,17 +120,15 @@ def measure_for_card(run: Run, kind: str, test: Any) -> bool:
     if not accelerator.is_main_process:
         return True
     records = {name: values.cpu() for name, values in rows.items()}
-    several = run.multi_label
     results = describe_results(
         model,
         data_config,
-        summarize_labels(records, run.names) if several else summarize(records, seed=args.seed),
+        summarize_labels(records, run.names) if run.multi_label else summarize(records, seed=args.seed),
         accelerator,
         weights=str(args.output / kind),
         dataset=args.dataset,
         split=args.test_split if args.dataset.startswith("hub:") else "test",
         images=len(records["label"]),
-        units="%" if several else UNITS,
     )
     path = measured_path(args.output, kind)
     with explaining_output(path):
