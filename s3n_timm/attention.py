@@ -66,14 +66,16 @@ def sampling_map(
         raise ValueError(f"beta must be a width in cells, finite and not 0, got {beta}.")
     weights = weights.detach().float()
     # where there is no peak any value does; a small one would have exponentials underflow, which CPUs are slow at
-    value = torch.where(weights > 0, response.detach().float(), 1.0).clamp_min(MIN_PEAK)
+    value = response.detach().float().masked_fill(weights <= 0, 1.0).clamp_min(MIN_PEAK)
     height = weights * value if branch == "discriminative" else weights / value
     if isinstance(beta, Tensor):  # a number would travel to the device while the host waits
         beta = beta.to(value.device, torch.float32)
     falloff = -1 / (value * beta**2).clamp_min(MIN_SPREAD)
     rows, columns = value.shape[1:]
-    across_y = torch.exp(_squared_distances(rows, value.device)[None, :, :, None] * falloff[:, None]) * height[:, None]
-    across_x = torch.exp(_squared_distances(columns, value.device)[None, :, None, :] * falloff[:, None])
+    along_y = _squared_distances(rows, value.device)
+    along_x = along_y if rows == columns else _squared_distances(columns, value.device)
+    across_y = torch.exp(along_y[:, :, None] * falloff[:, None]) * height[:, None]
+    across_x = torch.exp(along_x[:, None, :] * falloff[:, None])
     return floor + across_y.flatten(2) @ across_x.flatten(2).transpose(1, 2)
 
 
@@ -96,5 +98,5 @@ def complementary_map(response: Tensor, strongest: Tensor, beta: Tensor | float,
         ValueError: as for `sampling_map`.
     """
     # the strongest peak of a normalised response is 1, so this is 1 there and 0 far from it
-    near = sampling_map(torch.where(strongest > 0, 1.0, response), strongest, beta, "discriminative", floor) - floor
+    near = sampling_map(response.masked_fill(strongest > 0, 1.0), strongest, beta, "discriminative", floor) - floor
     return floor + 1 - near

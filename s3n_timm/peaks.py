@@ -92,8 +92,8 @@ def partition_peaks(
     if mode == "expected":
         return present * response, present * (1 - response)
     if mode == "extreme":
-        strongest = torch.where(peaks, response, -torch.inf).flatten(1).argmax(1, keepdim=True)
-        weakest = torch.where(peaks, response, torch.inf).flatten(1).argmin(1, keepdim=True)
+        strongest = response.masked_fill(~peaks, -torch.inf).flatten(1).argmax(1, keepdim=True)
+        weakest = response.masked_fill(~peaks, torch.inf).flatten(1).argmin(1, keepdim=True)
         position = torch.arange(response.shape[1] * response.shape[2], device=response.device)
         shape = response.shape
         return present * (position == strongest).view(shape), present * (position == weakest).view(shape)

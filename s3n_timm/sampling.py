@@ -20,8 +20,16 @@ BORDERS = ("replicate", "reflect")
 ERASED = 0.2  # radius of the place that complement="erase" blanks, of the grid's side
 
 
+class _Axis(NamedTuple):
+    """What warps along one axis, from G cells to H pixels: constants, which all branches share."""
+
+    mass: Tensor  # G×G, k ∗ Q
+    shift: Tensor  # G×G, k ∗ (Q·(u - u_i))
+    to_pixels: Tensor  # H×G, linear interpolation with aligned corners
+
+
 def _axis_filters(cells: int, fwhm: float, border: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Write one axis of k ∗ Q and of k ∗ (Q·(u - u_i)) as matrices that act on the unpadded cells.
+    """Write one axis of both filters as matrices that act on the unpadded cells.
 
     Padding and cutting k are both linear, so the padding folds into the matrix: column c gathers every padded cell
     whose value is a copy of cell c. The offset from each cell's own coordinate u_i, not u itself,
@@ -106,28 +114,39 @@ def warp_grid(
     """
     if sampling_map.ndim != 3 or min(sampling_map.shape[1:]) < 2:
         raise ValueError(f"sampling_map must be B×G×G with at least 2 cells a side, got {tuple(sampling_map.shape)}.")
+    axes = _warp_axes(sampling_map.shape[1:], size, fwhm, border, sampling_map.device)
+    return _warp(sampling_map.float(), *axes, kernel, border)
+
+
+def _warp_axes(
+        grid_size: Sequence[int], size: Sequence[int], fwhm: float, border: str, device: torch.device,
+) -> tuple[_Axis, _Axis]:
+    """The axes in y and in x of a warp from a grid of cells to an image of (H, W) pixels."""
     if min(size) < 1:
         raise ValueError(f"size must be (H, W) of at least one pixel a side, got {tuple(size)}.")
     if not 0 < fwhm < math.inf:
         raise ValueError(f"fwhm must be positive and finite, got {fwhm}.")
     if border not in BORDERS:
         raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {border!r}.")
-    q = sampling_map.float()
-    rows, columns = q.shape[1:]
+    rows, columns = grid_size
+    filters_x = _axis_filters(columns, fwhm, border, device)
+    filters_y = filters_x if rows == columns else _axis_filters(rows, fwhm, border, device)
+    return (_Axis(*filters_y, _interpolation(rows, size[0], device)),
+            _Axis(*filters_x, _interpolation(columns, size[1], device)))
+
+
+def _warp(q: Tensor, y: _Axis, x: _Axis, kernel: Tensor | None, border: str) -> Tensor:
+    """Equation 8 along both axes: B×G×G to a B×H×W×2 grid."""
     if kernel is None:
-        mass_x, shift_x = _axis_filters(columns, fwhm, border, q.device)
-        mass_y, shift_y = _axis_filters(rows, fwhm, border, q.device)
-        filtered_y = mass_y @ q
-        mass = filtered_y @ mass_x.T
-        f, g = filtered_y @ shift_x.T, shift_y @ q @ mass_x.T
+        filtered_y = y.mass @ q
+        mass = filtered_y @ x.mass.T
+        f, g = filtered_y @ x.shift.T, y.shift @ q @ x.mass.T
     else:
         mass, f, g = _filter_dense(q, kernel, border)
-    x = torch.linspace(-1, 1, columns, device=q.device, dtype=torch.float32)
-    y = torch.linspace(-1, 1, rows, device=q.device, dtype=torch.float32)[:, None]
-    grid = torch.stack([x + 2 * f / mass, y + 2 * g / mass], dim=1).clamp(-1, 1)
+    rows, columns = (torch.linspace(-1, 1, cells, device=q.device, dtype=torch.float32) for cells in q.shape[1:])
+    grid = torch.stack([columns + 2 * f / mass, rows[:, None] + 2 * g / mass], dim=1).clamp(-1, 1)
     # bilinear with aligned corners, as two products: forward and backward are faster so than F.interpolate
-    to_rows, to_columns = (_interpolation(*sides, q.device) for sides in zip(q.shape[1:], size))
-    return (to_rows @ grid @ to_columns.T).permute(0, 2, 3, 1)
+    return (y.to_pixels @ grid @ x.to_pixels.T).permute(0, 2, 3, 1)
 
 
 def resample(image: Tensor, grid: Tensor) -> Tensor:
@@ -247,6 +266,7 @@ def sample_response(
             peaks = torch.zeros_like(response, dtype=torch.bool)
             weights = {}
         betas = {"discriminative": beta_discriminative, "complementary": beta_complementary}
+        axes = _warp_axes(grid_size, size or image.shape[-2:], fwhm, border, response.device)
         for branch in branches:
             source, of_branch = image, weights.get(branch)
             if of_branch is None:
@@ -264,7 +284,7 @@ def sample_response(
                     q = complementary_map(response, of_branch, beta, floor)
                 else:
                     q = sampling_map(response, of_branch, beta, branch, floor)
-            grid = warp_grid(q, size or image.shape[-2:], fwhm, kernel, border)
+            grid = _warp(q, *axes, kernel, border)
             warped = zoom(source, grid) if size else resample(source, grid)
             samples[branch] = BranchSample(warped, grid, q, of_branch)
     return SelectiveSample(response, peaks, *(samples.get(branch) for branch in BRANCHES))

@@ -22,6 +22,7 @@ from test_original import loaded, whole  # noqa: F401 (fixtures)
 from torch import nn
 
 from s3n_timm import S3N, S3NLoss
+from s3n_timm.attention import COMPLEMENTS
 from s3n_timm.data import drawn_birds
 from s3n_timm.sampling import sample_response, selective_sample
 
@@ -31,7 +32,9 @@ if CUDA and not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-HERE = dict(ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+# TF32 off in scripts, too: its rounding moves peaks, and a moved peak is another image
+HERE = dict(ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
+            NVIDIA_TF32_OVERRIDE="0")
 SCRIPTS = HERE if CUDA else {}  # environment of scripts, which other tests keep on the CPU
 MODELS = {
     "paper": {},
@@ -102,7 +105,11 @@ def test_logits_peaks_and_grids(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients(name):
-    """Of all parameters together 1e-3 of their norm, and of each β a hundredth: it sums over all pixels."""
+    """Of all parameters together 1e-3 of their norm, and of each β a tenth.
+
+    β's own are small sums over all pixels, behind ReLUs and max pools that switch: on a CPU alone, noise of 2e-6 of the
+    images changes them by up to 8 %. The next test holds them to less, where nothing switches.
+    """
     model, x, target = build(name), photographs(), torch.arange(4)
     gradients = []
     for device in ("cpu", DEVICE):
@@ -116,7 +123,23 @@ def test_gradients(name):
     difference = sum((ours[key] - theirs[key]).square().sum() for key in ours).sqrt()
     assert difference <= 1e-3 * sum(value.square().sum() for value in theirs.values()).sqrt()
     for key in (key for key in ours if key.startswith("beta.")):
-        assert_near(ours[key], theirs[key], 1e-2, key)
+        assert_near(ours[key], theirs[key], 0.1, key)
+
+
+@pytest.mark.parametrize("complement", COMPLEMENTS)
+def test_gradients_of_the_widths(complement):
+    """On images without edges, in which a neighboring pixel has the same slope."""
+    x = nn.functional.interpolate(nn.functional.avg_pool2d(photographs(), 10), 160, mode="bicubic")
+    response = nn.functional.interpolate(torch.rand(4, 1, 6, 6, generator=torch.Generator().manual_seed(0)), 31)[:, 0]
+    gradients = []
+    for device in ("cpu", DEVICE):
+        betas = [torch.tensor([value], device=device, requires_grad=True) for value in (3.9, 13.2)]
+        seen = sample_response(x.to(device), response.to(device), mode="expected", beta_discriminative=betas[0],
+                               beta_complementary=betas[1], complement=complement)
+        loss = sum(branch.image.square().sum() for branch in (seen.discriminative, seen.complementary))
+        gradients.append(torch.stack(torch.autograd.grad(loss, betas, materialize_grads=True)).cpu())
+    assert_near(gradients[1][0], gradients[0][0], 1e-3, "gradients of β₁")
+    assert_near(gradients[1][1], gradients[0][1], 1e-3, "gradients of β₂")
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the original implementation's results are not here")
