@@ -322,12 +322,8 @@ def test_gradient_checkpointing():
 def train(output, *args, deterministic=False, launch=()):
     """train.py in processes of its own; with deterministic algorithms where torch has them."""
     words = command("train.py", *SMALL, *args, "--output", output)
-    if deterministic:
-        start = ("import runpy, sys, torch; torch.use_deterministic_algorithms(True, warn_only=True); "
-                 "sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[2:]; "
-                 "runpy.run_path(sys.argv[0], run_name='__main__')")
-        words = [words[0], "-c", start, str(EXAMPLES), *words[1:]]
-    words = [*map(str, launch), *words[1:]] if launch else words
+    scripts = [Path(__file__).with_name("deterministic.py"), *words[1:]] if deterministic else words[1:]
+    words = [*map(str, launch or words[:1]), *map(str, scripts)]
     return run(words, CUBLAS_WORKSPACE_CONFIG=":4096:8", **SCRIPTS)
 
 
@@ -361,9 +357,13 @@ def test_resumes_bit_for_bit_with_averaged_weights(trained, tmp_path):
 
 
 def test_one_process_of_ddp(trained, tmp_path):
-    """NCCL on a GPU. The same weights as without it: 12 updates with a rounding error each."""
+    """NCCL on a GPU. The same weights as without it, but for rounding.
+
+    Deterministic, as the run that it is compared with: other algorithms round otherwise, and a peak that moves is worth
+    0.01 after 12 updates.
+    """
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1)
-    train(tmp_path / "run", "--epochs", 2, "--no-channels-last", launch=launch)
+    train(tmp_path / "run", "--epochs", 2, "--no-channels-last", deterministic=True, launch=launch)
     assert largest_difference(tmp_path / "run", trained) < 1e-3
 
 
@@ -372,7 +372,7 @@ def test_one_process_of_fsdp(trained, tmp_path):
               "--num_processes", 1, "--mixed_precision", "no"]
     if not CUDA:
         launch.append(Path(__file__).with_name("fsdp_on_cpu.py"))
-    text = train(tmp_path / "run", "--epochs", 2, "--no-channels-last", launch=launch)
+    text = train(tmp_path / "run", "--epochs", 2, "--no-channels-last", deterministic=True, launch=launch)
     assert "1 process(es)" in text
     assert largest_difference(tmp_path / "run", trained) < 1e-3
 
@@ -410,6 +410,8 @@ def test_predicts_as_a_cpu_does(trained, tmp_path):
         assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-3)
 
 
+@pytest.mark.skipif(CUDA and torch.__version__ < "2.13", reason="torch before 2.13 fails to export where() of a CUDA "
+                    "model's tensor and a number, of which torch.special.entr consists: export on the CPU")
 def test_a_model_on_the_device_exports_to_onnx(tmp_path):
     pytest.importorskip("onnxscript", reason="the export extra is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
