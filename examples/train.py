@@ -8,6 +8,7 @@ an update, an epoch, what follows an epoch, main. Flags, images, checkpoints, ev
 import argparse
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
@@ -63,7 +64,7 @@ from s3n_timm.images import image_mode, input_config
 def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accelerator) -> nn.Module:
     options: dict[str, Any] = dict(pretrained=args.pretrained, num_classes=num_classes)
     if args.pretrained_path:
-        options["pretrained_cfg_overlay"] = dict(file=args.pretrained_path)
+        options["pretrained_cfg_overlay"] = read_pretrained(args.pretrained_path)
     if args.plain:
         model = timm.create_model(args.backbone, **options, **args.model_kwargs.get("backbone_args", {}))
         if num_classes != model.pretrained_cfg.get("num_classes"):
@@ -80,6 +81,15 @@ def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accele
     if args.channels_last and accelerator.distributed_type != DistributedType.FSDP:  # it shards contiguous weights only
         model = model.to(memory_format=torch.channels_last)
     return model
+
+
+def read_pretrained(path: str) -> dict[str, Any]:
+    """What timm is told of the backbone's weights: a file of them, or those of a saved model, S3N or plain."""
+    if Path(path).is_file():
+        return dict(file=path)
+    model = s3n_timm.load_model(path)
+    backbone = s3n_timm.extract_backbone(model) if isinstance(model, S3N) else model
+    return dict(state_dict=backbone.state_dict(), num_classes=backbone.num_classes)
 
 
 def load_teacher(args: argparse.Namespace, names: list[str], accelerator: Accelerator) -> nn.Module | None:

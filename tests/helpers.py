@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = (
     "--backbone", "test_resnet", "--num-images", "48", "--num-classes", "4", "--img-size", "64", "--batch-size", "8",
-    "--workers", "0", "--lr", "0.02", "--cpu-threads", "1",
+    "--workers", "0", "--lr", "0.02", "--cpu-threads", "1", "--no-pretrained",
 )
 ENVIRONMENT = os.environ | {
     "ACCELERATE_USE_CPU": "true",

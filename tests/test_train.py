@@ -149,17 +149,42 @@ def test_option_changes_what_is_learned(trained, tmp_path, args):
 
 @pytest.mark.parametrize(("flag", "expected"), [("--channels-last", True), ("--no-channels-last", False)])
 def test_memory_format(flag, expected):
-    args = parse_args([*map(str, SMALL), flag, "--no-pretrained", "--output", "none"])
+    args = parse_args([*map(str, SMALL), flag, "--output", "none"])
     model = script.create_model(args, 4, Accelerator())
     weight = next(x for x in model.parameters() if x.ndim == 4 and x.shape[1] > 1 and x.shape[2] > 1)
     assert weight.is_contiguous(memory_format=torch.channels_last) is expected
+
+
+@pytest.mark.parametrize("kind", ["last", "backbone", "s3n_test_resnet"])
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("classes", [4, 5])
+def test_a_backbone_starts_from_a_saved_model(trained, kind, plain, classes):
+    """S3N or plain; its classifier is kept where there are as many classes, as timm does."""
+    path = kind if kind == "s3n_test_resnet" else str(trained[0] / kind)
+    flags = ["--pretrained-path", path, "--output", "none", *(["--plain"] if plain else [])]
+    model = script.create_model(parse_args([*map(str, SMALL), *flags]), classes, Accelerator())
+    given = s3n_timm.load_model(path)
+    ours, theirs = ((m.backbone if isinstance(m, s3n_timm.S3N) else m).state_dict() for m in (model, given))
+    for name, value in theirs.items():
+        if not name.startswith("fc."):
+            assert torch.equal(ours[name], value), name
+    kept = classes == given.num_classes
+    assert ours["fc.weight"].shape[0] == classes
+    assert (kept and torch.equal(ours["fc.weight"], theirs["fc.weight"])) == kept
+
+
+def test_a_recipe_s_weights_are_those_of_its_backbone():
+    assert parse_args(["--output", "none"]).pretrained_path == "s3n_test_resnet"
+    for flags in (["--backbone", "test_convnext"], ["--no-pretrained"], ["--recipe", "birds_scratch"]):
+        args = parse_args([*flags, "--output", "none"])
+        assert (args.pretrained_path, args.pretrained) == (None, False)
 
 
 def test_gradient_checkpointing_recomputes_the_backbone():
     """As many passes of a block as the backward pass asks for, and the same gradient."""
     passes, gradients = [], []
     for flags in ([], ["--grad-checkpointing"]):
-        args = parse_args([*map(str, SMALL), "--no-pretrained", "--output", "none", *flags])
+        args = parse_args([*map(str, SMALL), "--output", "none", *flags])
         torch.manual_seed(0)
         model = script.create_model(args, 4, Accelerator()).train()
         calls = []
@@ -262,7 +287,7 @@ def test_recipes_are_the_paper_s_and_the_original_s():
                 assert args.smoothing == s3n_timm.S3NLoss.ORIGINAL
             else:
                 assert (args.sched, args.smoothing, args.beta_lr_scale) == ("constant", 0, 1)
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"birds", "cub", "cub50", "aircraft", "cars", "own"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"birds", "birds_scratch", "cub", "cub50", "aircraft", "cars", "own"}
 
 
 @pytest.mark.parametrize("dataset", ["cub", "cars", "folder"])
@@ -344,7 +369,7 @@ def test_image_folder(tmp_path):
         (["--clip-grad", "-1"], "--clip-grad must be positive, got -1.0."),
         (["--val-fraction", "1"], "--val-fraction must lie in [0, 1), got 1.0."),
         (["--freeze-epochs", "99"], "--freeze-epochs must lie in 0 to --epochs"),
-        (["--pretrained-path", "/nowhere.safetensors"], "--pretrained-path /nowhere.safetensors is not a file."),
+        (["--pretrained-path", "/nowhere.safetensors"], "--pretrained-path /nowhere.safetensors is neither a file nor a folder."),
         (["--sched", "plateau"], "--sched plateau does not step by updates"),
         (["--sched", "cosin"], "--sched cosin is unknown: did you mean cosine?"),
         (["--opt", "adamww"], "--opt adamww is unknown: did you mean adamw?"),

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
                                      epilog="Other flags go to train.py.")
     parser.add_argument("--folder", type=Path, default=PACKAGED, help="where the model goes (%(default)s)")
     args, flags = parser.parse_known_args(argv)
-    flags = flags or ["--num-images", "3600"]
+    flags = flags or ["--recipe", "birds_scratch", "--num-images", "3600"]
     with tempfile.TemporaryDirectory() as output:
         train.main([*flags, "--output", output])
         pack(Path(output) / "best", args.folder, flags)

@@ -88,7 +88,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--backbone", help="any timm model with global average pooling and a single classifier")
     model.add_argument("--plain", action="store_true", help="train the backbone alone, as a baseline")
     model.add_argument("--pretrained", action=on_off, help="start from pretrained backbone weights")
-    model.add_argument("--pretrained-path", metavar="FILE", help="load pretrained weights from a file, not the Hub")
+    model.add_argument("--pretrained-path", metavar="PATH",
+                       help="pretrained backbone weights from a file, or from a model that train.py saved (its folder, "
+                            "or s3n_test_resnet, which comes with the package), not from the Hub")
     model.add_argument("--branches", default="O+D+C", choices=BRANCH_SETS, help="branches of S3N")
     model.add_argument("--attention", default="sparse", choices=ATTENTIONS, help="what the sampling maps are made of")
     model.add_argument("--answer", default="joint", choices=ANSWERS,
@@ -154,7 +156,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if first.plain:
         recipe.pop("answer", None)  # meant for S3N
     if first.backbone not in (None, recipe["backbone"]):
-        recipe.pop("model_kwargs", None)  # meant for the recipe's own backbone
+        for name in ("model_kwargs", "pretrained_path"):  # meant for the recipe's own backbone
+            recipe.pop(name, None)
+    if first.pretrained is False:
+        recipe.pop("pretrained_path", None)
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     args.bce_loss |= args.dataset == "multi-label"
@@ -216,8 +221,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}.")
-    if args.pretrained_path is not None and not Path(args.pretrained_path).is_file():
-        parser.error(f"--pretrained-path {args.pretrained_path} is not a file.")
+    if args.pretrained_path not in (None, "s3n_test_resnet") and not Path(args.pretrained_path).exists():
+        parser.error(f"--pretrained-path {args.pretrained_path} is neither a file nor a folder.")
     if not 0 <= args.val_fraction < 1:
         parser.error(f"--val-fraction must lie in [0, 1), got {args.val_fraction}.")
     if not 0 <= args.freeze_epochs <= args.epochs:
