@@ -87,7 +87,7 @@ def free_port() -> int:
 
 # forks processes after the imports that take each of them seconds
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["accelerate", "datasets", "s3n_timm", "timm", "torch"])
+FORKS.set_forkserver_preload(["accelerate", "datasets", "s3n_timm", "scipy.stats", "timm", "torch", "torchmetrics"])
 
 
 def _become(script: str, argv: list[str], environment: dict[str, str], log: str) -> None:
@@ -100,27 +100,41 @@ def _become(script: str, argv: list[str], environment: dict[str, str], log: str)
     runpy.run_path(script, run_name="__main__")
 
 
-def call_together(script: str, *args: object, processes: int, ok: bool = True, **environment: str) -> str:
-    """What a script printed in several processes, with the environment that torchrun gives to them."""
-    shared = ENVIRONMENT | environment | dict(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(processes))
-    with tempfile.TemporaryDirectory() as folder:
-        log, started = Path(folder, "log"), []
+class Forked:
+    """A script in processes of its own, which begin after the imports; several have the environment of torchrun."""
+
+    def __init__(self, script: str, *args: object, processes: int = 1, **environment: str) -> None:
+        shared, self._folder = ENVIRONMENT | environment, tempfile.TemporaryDirectory()
+        self._log, self.processes = Path(self._folder.name, "log"), []
+        if processes > 1:
+            shared |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(processes))
         for rank in map(str, range(processes)):
-            words = (str(EXAMPLES / script), list(map(str, args)), dict(shared, RANK=rank, LOCAL_RANK=rank), str(log))
-            started.append(FORKS.Process(target=_become, args=words))
-            started[-1].start()
-        alive = list(started)
-        while alive and not any(process.exitcode for process in started):
+            own = shared | (dict(RANK=rank, LOCAL_RANK=rank) if processes > 1 else {})
+            words = (str(EXAMPLES / script), list(map(str, args)), own, str(self._log))
+            self.processes.append(FORKS.Process(target=_become, args=words))
+            self.processes[-1].start()
+
+    def is_alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def end(self, ok: bool = True) -> str:
+        """What it printed, when it has ended as expected."""
+        alive = list(self.processes)
+        while alive and not any(process.exitcode for process in self.processes):
             ended = wait([process.sentinel for process in alive], timeout=300)
-            assert ended, log.read_text(encoding="utf-8")
+            assert ended, self._log.read_text(encoding="utf-8")
             alive = [process for process in alive if process.sentinel not in ended]
         for process in alive:  # one has failed, for which the others would wait
             process.terminate()
-        for process in started:
+        for process in self.processes:
             process.join()
-        text = log.read_text(encoding="utf-8")
-        assert all(process.exitcode == 0 for process in started) == ok, text
+        text = self._log.read_text(encoding="utf-8")
+        assert all(process.exitcode == 0 for process in self.processes) == ok, text
         return text
 
 
@@ -128,7 +142,7 @@ def train(*args: object, processes: int = 1, ok: bool = True, **environment: str
     """train.py on few drawn birds: in this process, or in several of their own."""
     if processes == 1:
         return call("train.py", *SMALL, *args, ok=ok, **environment)
-    return call_together("train.py", *SMALL, *args, processes=processes, ok=ok, **environment)
+    return Forked("train.py", *SMALL, *args, processes=processes, **environment).end(ok)
 
 
 def weights(output: Path, kind: str = "last") -> dict[str, torch.Tensor]:

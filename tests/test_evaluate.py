@@ -5,10 +5,7 @@ import csv
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluate
@@ -16,6 +13,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import Forked, call, command
+from helpers import run as run_process
 from PIL import Image
 from support import reports
 from support.loaders import load_splits
@@ -40,7 +39,6 @@ from s3n_timm.evaluation import (
 from s3n_timm.outputs import Explanation
 from s3n_timm.sampling import BranchSample
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "evaluate.py"
 CUB50 = Path(__file__).parents[2] / "shared" / "data" / "cub50"
 CLASSES, SIZE, CROP = 6, 64, 0.8
 CONFIG = dict(
@@ -50,8 +48,7 @@ CONFIG = dict(
 BRANCHES = ("original", "discriminative", "complementary")
 FILES = ("per_class.csv", "confused.csv", "predictions.csv")
 # a backend that is not there: as in a process that inherits that of a notebook
-ENVIRONMENT = os.environ | dict(
-    ACCELERATE_USE_CPU="true", PYTHONIOENCODING="utf-8", COLUMNS="100", MPLBACKEND="module://nowhere")
+HERE = dict(COLUMNS="100", MPLBACKEND="module://nowhere")
 
 
 def create_model(**options):
@@ -83,16 +80,6 @@ def run(monkeypatch, tmp_path):
     return call
 
 
-def launch(*args, processes=1, ok=True):
-    command = [sys.executable]
-    if processes > 1:  # accelerate launch --cpu starts only one without MPI, whatever --num_processes says
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(SCRIPT), *map(str, args), "--workers", "0", "--cpu-threads", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
-    assert (result.returncode == 0) == ok, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
 def read_csv(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -117,9 +104,11 @@ def assert_near(ours, theirs):
 def test_two_processes_and_one_give_the_same_figures(weights, tmp_path):
     # 21 images: one process has a last batch of 5, two processes have one of 5 and one that is all repeats
     args = [weights, "--num-images", 21, "--batch-size", 8]
-    text = launch(*args)
+    fast = ("--workers", 0, "--cpu-threads", 1)
+    text = run_process(command("evaluate.py", *args, *fast), **HERE)
     one, two = weights / "evaluation-birds-test", tmp_path / "two"
-    assert text.count("hit rate") == launch(*args, "--output", two, processes=2).count("hit rate") == 1
+    assert text.count("hit rate") == Forked(
+        "evaluate.py", *args, *fast, "--output", two, processes=2, **HERE).end().count("hit rate") == 1
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
     assert (ours.pop("run")["processes"], theirs.pop("run")["processes"]) == (1, 2)
     assert_near(ours, theirs)
@@ -774,8 +763,8 @@ def write_folder(root, broken=None, count=2, classes=2):
     return root
 
 
-def test_missing_weights_end_a_process_in_one_sentence(tmp_path):
-    text = launch(tmp_path / "nowhere", ok=False)
+def test_missing_weights_end_in_one_sentence(tmp_path):
+    text = call("evaluate.py", tmp_path / "nowhere", ok=False)
     assert text.startswith(f"evaluate.py: WEIGHTS {tmp_path / 'nowhere'} cannot be loaded: there is no such folder")
     assert len(text.strip().splitlines()) == 1
     assert not (tmp_path / "nowhere").exists()

@@ -14,10 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import ENVIRONMENT, EXAMPLES, SMALL, command, train, weights
+from helpers import ENVIRONMENT, EXAMPLES, SMALL, Forked, train, weights
 from helpers import train as train_in_processes
 from PIL import Image
 from safetensors.torch import load_file
@@ -47,12 +48,11 @@ def assert_same_end(ours, theirs):
 
 def kill_when(output, seen):
     """Start or resume training and kill it, SIGKILL, as soon as `seen()` is true; whether it was still alive."""
-    words = command("train.py", *SMALL, *ARGS, "--output", output, "--resume")
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as run:
-        while run.poll() is None and not seen():
-            time.sleep(0.0005)
-        alive = run.poll() is None
-        run.kill()
+    run = Forked("train.py", *SMALL, *ARGS, "--output", output, "--resume")
+    while run.is_alive() and not seen():
+        time.sleep(0.0005)
+    alive = run.is_alive()
+    run.kill()
     return alive
 
 
@@ -92,20 +92,15 @@ def test_a_signal_saves_and_ends_cleanly(tmp_path, processes, kind):
     args = ("--num-images", 96, "--epochs", 3, "--batch-size", 8 // processes, "--checkpoint-every", 2)
     train_in_processes(*args, "--output", tmp_path / "whole", processes=processes)
     output = tmp_path / "run"
-    words = command("train.py", *SMALL, *args, "--workers", 1, "--output", output, processes=processes)
-    with subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
-            start_new_session=True,
-    ) as run:
-        while run.poll() is None and not (output / "checkpoints" / "update-2").is_dir():
-            time.sleep(0.01)
-        for worker in find_workers(run.pid, processes):
-            worker.send_signal(kind)
-            if kind == signal.SIGINT:  # a terminal sends it to the workers of the loaders as well
-                for child in worker.children():
-                    child.send_signal(kind)
-        text, _ = run.communicate()
-    assert run.returncode == 0, text
+    run = Forked("train.py", *SMALL, *args, "--workers", 1, "--output", output, processes=processes)
+    while run.is_alive() and not (output / "checkpoints" / "update-2").is_dir():
+        time.sleep(0.01)
+    for process in run.processes:
+        started = psutil.Process(process.pid)
+        children = started.children() if kind == signal.SIGINT else []  # to which a terminal sends it as well
+        for each in (started, *children):
+            each.send_signal(kind)
+    text = run.end()
     assert "Traceback" not in text
     assert f"Stopped by {'Ctrl-C' if kind == signal.SIGINT else 'SIGTERM'}" in text
     assert not (output / "results.json").exists()
@@ -159,19 +154,6 @@ def test_a_signal_during_evaluation_ends_it_and_the_epoch_is_kept(tmp_path, monk
     assert all(torch.equal(a[name], b[name]) for name in a)
     for name in ("summary.csv",):
         assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
-
-
-def find_workers(pid, processes):
-    psutil = pytest.importorskip("psutil")
-    launcher = psutil.Process(pid)
-    if processes == 1:
-        return [launcher]
-    found = [each for each in launcher.children(recursive=True) if "torch.distributed.run" not in each.cmdline()]
-    trainings = [each for each in found if any(word.endswith("train.py") for word in each.cmdline())]
-    # the workers of the loaders are their children, and may show the same command
-    found = [each for each in trainings if each.parent() not in trainings]
-    assert len(found) == processes
-    return found
 
 
 def damage(kind, folder):

@@ -4,9 +4,7 @@ import ast
 import json
 import multiprocessing
 import os
-import signal
 import struct
-import subprocess
 import time
 
 import datasets
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import ENVIRONMENT, command, run
+from helpers import Forked, command, run
 from PIL import Image, TiffImagePlugin
 
 from s3n_timm import S3N, Classifier, save
@@ -145,7 +143,7 @@ def test_formats_agree(model_folder, photographs, predictions, predict, tmp_path
 
 
 def test_two_processes_write_what_one_writes(model_folder, photographs, predictions, tmp_path):
-    run(command("predict.py", model_folder, photographs, "--output", tmp_path, *FAST, processes=2), ok=False)
+    Forked("predict.py", model_folder, photographs, "--output", tmp_path, *FAST, processes=2).end(ok=False)
     assert sorted(path.name for path in tmp_path.glob("shard-*")) == sorted(
         path.name for path in predictions.glob("shard-*"))
     for ours, expected in zip(read(tmp_path), read(predictions), strict=True):
@@ -155,19 +153,18 @@ def test_two_processes_write_what_one_writes(model_folder, photographs, predicti
             assert ours[name] == expected[name]
 
 
-def test_a_killed_run_goes_on_without_loss_or_repetition(model_folder, photographs, predictions, tmp_path):
-    words = command("predict.py", model_folder, photographs, "--output", tmp_path, *FAST)
-    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_a_killed_run_goes_on_without_loss_or_repetition(model_folder, photographs, predictions, predict, tmp_path):
+    words = (model_folder, photographs, "--output", tmp_path)
+    started = Forked("predict.py", *words, *FAST)
     while not list(tmp_path.glob("shard-000001-*")):
-        assert process.poll() is None, "it ended before it could be killed"
+        assert started.is_alive(), "it ended before it could be killed"
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    started.kill()
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
-    run(words, ok=False)
+    predict(*words, status=1)
     assert [row["image"] for row in read(tmp_path)] == [row["image"] for row in read(predictions)]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "whole shards are not written again"
-    assert "choose another folder" in run([*words, "--split", "other"], ok=False)
+    assert "choose another folder" in predict(*words, "--split", "other", status=1)
 
 
 def test_parquet_and_hub_sources(model_folder, photographs, predictions, predict, tmp_path):

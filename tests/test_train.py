@@ -287,7 +287,8 @@ def test_recipes_are_the_paper_s_and_the_original_s():
                 assert args.smoothing == s3n_timm.S3NLoss.ORIGINAL
             else:
                 assert (args.sched, args.smoothing, args.beta_lr_scale) == ("constant", 0, 1)
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"birds", "birds_scratch", "cub", "cub50", "aircraft", "cars", "own"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {
+        "birds", "birds_scratch", "cub", "cub50", "aircraft", "cars", "own"}
 
 
 @pytest.mark.parametrize("dataset", ["cub", "cars", "folder"])
@@ -369,7 +370,7 @@ def test_image_folder(tmp_path):
         (["--clip-grad", "-1"], "--clip-grad must be positive, got -1.0."),
         (["--val-fraction", "1"], "--val-fraction must lie in [0, 1), got 1.0."),
         (["--freeze-epochs", "99"], "--freeze-epochs must lie in 0 to --epochs"),
-        (["--pretrained-path", "/nowhere.safetensors"], "--pretrained-path /nowhere.safetensors is neither a file nor a folder."),
+        (["--pretrained-path", "/nowhere"], "--pretrained-path /nowhere is neither a file nor a folder."),
         (["--sched", "plateau"], "--sched plateau does not step by updates"),
         (["--sched", "cosin"], "--sched cosin is unknown: did you mean cosine?"),
         (["--opt", "adamww"], "--opt adamww is unknown: did you mean adamw?"),
