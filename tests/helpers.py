@@ -10,8 +10,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -136,6 +139,41 @@ class Forked:
         text = self._log.read_text(encoding="utf-8")
         assert all(process.exitcode == 0 for process in self.processes) == ok, text
         return text
+
+
+class ForkedPopen:
+    """As much of subprocess.Popen as experiments/runner.py asks of it, for a script: forked, as `Forked` is."""
+
+    def __init__(self, command: list[str], stdout: Any, stderr: int, env: dict[str, str]) -> None:
+        words = (command[1], command[2:], env, stdout.name)
+        self._process = FORKS.Process(target=_become, args=words)
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("", timeout or 0)
+        return self.returncode
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+
+@contextlib.contextmanager
+def runs_forked() -> Iterator[None]:
+    """Within it the scripts of experiments/runner.py begin after the imports."""
+    from experiments import runner
+
+    given = SimpleNamespace(Popen=ForkedPopen, STDOUT=subprocess.STDOUT, TimeoutExpired=subprocess.TimeoutExpired)
+    with mock.patch.object(runner, "subprocess", given):
+        yield
 
 
 def train(*args: object, processes: int = 1, ok: bool = True, **environment: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 from experiments import paper_tables, tables
 from experiments.runner import RunError
 from experiments.tables import compare_folders, read_metrics, spread
-from helpers import ENVIRONMENT, SMALL, command
+from helpers import ENVIRONMENT, SMALL, command, runs_forked
 
 SCRIPT = "experiments/paper_tables.py"
 
@@ -104,7 +104,7 @@ def times(folder):
 def trained(tmp_path_factory, main):
     """Plain and full with one seed."""
     output = tmp_path_factory.mktemp("paper_tables")
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as said, runs_forked():
         main("--output", output, "--rows", "plain", "sparse", "--seeds", 0, "--", *FLAGS)
     return output, said.getvalue()
 
