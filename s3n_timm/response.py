@@ -76,10 +76,9 @@ def gate_weights(scores: Tensor, threshold: float = 0.2, topk: int = 5, gate: st
     top, index = scores.softmax(dim=1).topk(min(topk, scores.shape[1]), dim=1)
     p = top / top.sum(dim=1, keepdim=True) if gate == "renormalised" else top
     entropy = torch.special.entr(p).sum(dim=1, keepdim=True)
-    chosen = (entropy > threshold).to(scores.dtype).expand_as(p)
     rank = torch.arange(p.shape[1], device=scores.device)
-    chosen = torch.where(rank == 0, torch.ones_like(chosen), chosen)
-    return torch.zeros_like(scores).scatter(1, index, chosen)
+    chosen = (rank == 0) | (entropy > threshold)
+    return torch.zeros_like(scores).scatter(1, index, chosen.to(scores.dtype))
 
 
 def gate_response(
@@ -194,4 +193,4 @@ def normalize_response(response: Tensor) -> Tensor:
     low = response.amin(dim=(1, 2), keepdim=True)
     span = response.amax(dim=(1, 2), keepdim=True) - low
     # a constant map has no span: dividing by one leaves it at zero instead of NaN
-    return (response - low) / torch.where(span > 0, span, torch.ones_like(span))
+    return (response - low) / span.masked_fill(span == 0, 1)
