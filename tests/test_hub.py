@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import command, run
+from helpers import call
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -479,7 +479,7 @@ def results(tmp_path_factory):
     folder = s3n_timm.save(build(), tmp_path_factory.mktemp("measured"), label_names=LABELS, data_config=DATA)
     output = tmp_path_factory.mktemp("evaluation")
     words = ("--num-images", "24", "--batch-size", "8", "--workers", "0", "--cpu-threads", "1", "--output", output)
-    run(command("evaluate.py", folder, *words, "--ignore-names"))
+    call("evaluate.py", folder, *words, "--ignore-names")
     return output / "results.json"
 
 
