@@ -100,6 +100,8 @@ def _become(script: str, argv: list[str], environment: dict[str, str], log: str)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv[:] = [script, *argv]
+    ours = {str(EXAMPLES), str(Path(__file__).parent)}  # of pytest's path
+    sys.path[:] = [str(Path(script).parent), *(path for path in sys.path if path not in ours)]
     runpy.run_path(script, run_name="__main__")
 
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from experiments import cub50, tables
 from experiments.runner import STOPPING, RunError, execute_all
-from helpers import ENVIRONMENT, command, run, runs_forked
+from helpers import ENVIRONMENT, Forked, runs_forked
 from PIL import Image
 from safetensors.torch import save_file
 from support.arguments import parse_args
@@ -358,8 +358,7 @@ def test_published_metrics_are_those_of_the_runs():
     assert shown > 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["cub50.py", "tables.py", "speed.py"])
+@pytest.mark.parametrize("script", ["cub50.py", "paper_tables.py", "packaged_model.py", "tables.py", "speed.py"])
 def test_scripts_run_as_files(script):
     """They find what lies in examples/ without pytest's path."""
-    assert "usage:" in run(command(f"experiments/{script}", "--help"))
+    assert "usage:" in Forked(f"experiments/{script}", "--help").end()
