@@ -10,6 +10,9 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import ENVIRONMENT, EXAMPLES, SMALL, free_port, largest_difference, run, train
 from support.sync_bn import synchronize
 from torch import nn
@@ -111,7 +114,12 @@ def test_fsdp_trains_to_the_same_weights_and_resumes(alone, tmp_path):
     assert "Resumed from" in text
     assert "after 1 epochs and 10 updates" in text
     assert largest_difference(output, alone) < 1e-4
-    assert "leave it out" in run([*words[:-1], str(tmp_path / "other"), "--model-ema"], ok=False)
+
+
+def test_fsdp_does_not_average_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType.FSDP))
+    assert "leave it out" in train("--model-ema", "--output", tmp_path / "run", ok=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_train_every_parameter_and_count_every_image_once(tmp_path):
@@ -136,12 +144,10 @@ def test_a_process_that_is_alone_where_two_were_asked_for_says_so(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_sharded_checkpoints_are_refused(tmp_path):
-    config = (EXAMPLES / "configs" / "fsdp.yaml").read_text().replace("FULL_STATE_DICT", "SHARDED_STATE_DICT")
-    (tmp_path / "fsdp.yaml").write_text(config)
-    words = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "fsdp.yaml",
-        "--num_processes", 2, "--mixed_precision", "no", Path(__file__).with_name("fsdp_on_cpu.py"),
-        EXAMPLES / "train.py", *SMALL, "--output", tmp_path / "run",
-    ]
-    assert "set fsdp_state_dict_type: FULL_STATE_DICT" in run(list(map(str, words)), ok=False)
+def test_sharded_checkpoints_are_refused(monkeypatch, tmp_path):
+    for kind, refused in (("SHARDED_STATE_DICT", True), ("LOCAL_STATE_DICT", True), ("FULL_STATE_DICT", False)):
+        plugin = FullyShardedDataParallelPlugin(state_dict_type=kind)
+        monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+        text = train("--epochs", 1, "--output", tmp_path / kind, ok=not refused)
+        assert ("set fsdp_state_dict_type: FULL_STATE_DICT" in text) == refused
+
