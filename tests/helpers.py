@@ -62,7 +62,7 @@ def call(script: str, *args: object, ok: bool = True, **environment: str) -> str
     """What a script's `main` printed in this process, which saves the start of an interpreter and its imports."""
     text, argv, failed = io.StringIO(), list(map(str, args)), False
     with (
-        mock.patch.dict(os.environ, dict(ACCELERATE_USE_CPU="true", **environment)),
+        mock.patch.dict(os.environ, dict(ACCELERATE_USE_CPU="true") | environment),
         mock.patch.object(sys, "argv", [str(EXAMPLES / script), *argv]),
         contextlib.redirect_stdout(text),
         contextlib.redirect_stderr(text),

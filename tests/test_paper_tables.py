@@ -408,7 +408,7 @@ def words_after(words, flag):
     ("flags", "kind", "expected"),
     [
         (["--num-images", 80], "best", {"--num-images": "20", "--split": "test", "--data-dir": None}),
-        (["--num-images", 20, "--val-fraction", 0], "last", {"--num-images": "8"}),
+        (["--num-images", 20, "--num-classes", 8, "--val-fraction", 0], "last", {"--num-images": "8"}),
         (["--dataset", "cub", "--data-dir", "there", "--cpu-threads", 3], "last",
          {"--num-images": None, "--data-dir": "there", "--image-column": None, "--cpu-threads": "3"}),
         (["--dataset", "hub:x/y", "--val-split", "dev", "--val-fraction", 0, "--test-split", "held"], "best",

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from helpers import ENVIRONMENT, EXAMPLES, SMALL, free_port, largest_difference, run, train
 from support.sync_bn import synchronize
 from torch import nn
@@ -136,9 +138,10 @@ def test_two_processes_train_every_parameter_and_count_every_image_once(tmp_path
 
 
 def test_a_process_that_is_alone_where_two_were_asked_for_says_so(tmp_path):
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-             str(EXAMPLES / "train.py"), *SMALL, "--output", str(tmp_path / "run")]
-    text = run(words, ok=False)
+    words = ["--cpu", "--num_processes", "2", "train.py"]
+    launched, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    _, environment = prepare_simple_launcher_cmd_env(launched)  # of the one process that Accelerate starts
+    text = train("--output", tmp_path / "run", ok=False, **environment)
     assert "this one was started alone" in text
     assert "torchrun --nproc_per_node 2" in text
     assert not (tmp_path / "run").exists()

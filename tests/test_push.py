@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import yaml
-from helpers import call, train, write_labels
+from helpers import SMALL, call, command, run, train, write_labels
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -129,7 +129,7 @@ def test_only_one_process_pushes(hub, tmp_path):
     before = len(hub.requests)
     environment = {name: value for name, value in os.environ.items() if name.startswith("HF_") or name in PROXIES}
     words = (*SHORT, "--push-to-hub", "alice/two", "--output", tmp_path / "run")
-    text = train(*words, processes=2, **environment)
+    text = run(command("train.py", *SMALL, *words, processes=2), **environment)
     sent = hub.requests[before:]
     assert sent.count("POST /api/models/alice/two/commit/main") == 1
     assert sent.count("GET /api/whoami-v2") == 1
