@@ -143,8 +143,8 @@ def _warp(q: Tensor, y: _Axis, x: _Axis, kernel: Tensor | None, border: str) -> 
         f, g = filtered_y @ x.shift.T, y.shift @ q @ x.mass.T
     else:
         mass, f, g = _filter_dense(q, kernel, border)
-    rows, columns = (torch.linspace(-1, 1, cells, device=q.device, dtype=torch.float32) for cells in q.shape[1:])
-    grid = torch.stack([columns + 2 * f / mass, rows[:, None] + 2 * g / mass], dim=1).clamp(-1, 1)
+    v, u = (torch.linspace(-1, 1, cells, device=q.device, dtype=torch.float32) for cells in q.shape[1:])
+    grid = torch.stack([u + 2 * f / mass, v[:, None] + 2 * g / mass], dim=1).clamp(-1, 1)
     # bilinear with aligned corners, as two products: forward and backward are faster so than F.interpolate
     return (y.to_pixels @ grid @ x.to_pixels.T).permute(0, 2, 3, 1)
 

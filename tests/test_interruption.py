@@ -19,7 +19,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import ENVIRONMENT, EXAMPLES, SMALL, Forked, train, weights
-from helpers import train as train_in_processes
 from PIL import Image
 from safetensors.torch import load_file
 from support import checkpoints, files, results
@@ -90,7 +89,7 @@ def test_killed_at_random_moments_and_while_saving_it_ends_as_if_nothing_had_bee
 @pytest.mark.parametrize(("processes", "kind"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_saves_and_ends_cleanly(tmp_path, processes, kind):
     args = ("--num-images", 96, "--epochs", 3, "--batch-size", 8 // processes, "--checkpoint-every", 2)
-    train_in_processes(*args, "--output", tmp_path / "whole", processes=processes)
+    train(*args, "--output", tmp_path / "whole", processes=processes)
     output = tmp_path / "run"
     run = Forked("train.py", *SMALL, *args, "--workers", 1, "--output", output, processes=processes)
     while run.is_alive() and not (output / "checkpoints" / "update-2").is_dir():
@@ -106,7 +105,7 @@ def test_a_signal_saves_and_ends_cleanly(tmp_path, processes, kind):
     assert not (output / "results.json").exists()
     newest = max(int(path.name.partition("-")[2]) for path in (output / "checkpoints").iterdir())
     assert 2 <= newest < 10
-    train_in_processes(*args, "--output", output, "--resume", processes=processes)
+    train(*args, "--output", output, "--resume", processes=processes)
     ours, theirs = weights(output), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

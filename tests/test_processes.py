@@ -153,4 +153,3 @@ def test_sharded_checkpoints_are_refused(monkeypatch, tmp_path):
         monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
         text = train("--epochs", 1, "--output", tmp_path / kind, ok=not refused)
         assert ("set fsdp_state_dict_type: FULL_STATE_DICT" in text) == refused
-
