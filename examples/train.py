@@ -8,7 +8,6 @@ an update, an epoch, what follows an epoch, main. Flags, images, checkpoints, ev
 import argparse
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
@@ -40,6 +39,7 @@ from support.launching import (
 )
 from support.loaders import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
 from support.losses import create_criterion, list_class_weights
+from support.models import load_teacher, read_pretrained, refuse_single_values
 from support.progress import progress as show_progress
 from support.publishing import ask_hub, publish
 from support.results import evaluate, finish_training
@@ -52,9 +52,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-import s3n_timm
 from s3n_timm import S3N
-from s3n_timm.checkpoints import label_names, mark_multi_label
+from s3n_timm.checkpoints import mark_multi_label
 from s3n_timm.data import class_names
 from s3n_timm.images import image_mode, input_config
 
@@ -83,29 +82,6 @@ def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accele
     return model
 
 
-def read_pretrained(path: str) -> dict[str, Any]:
-    """What timm is told of the backbone's weights: a file of them, or those of a saved model, S3N or plain."""
-    if Path(path).is_file():
-        return dict(file=path)
-    model = s3n_timm.load_model(path)
-    backbone = s3n_timm.extract_backbone(model) if isinstance(model, S3N) else model
-    return dict(state_dict=backbone.state_dict(), num_classes=backbone.num_classes)
-
-
-def load_teacher(args: argparse.Namespace, names: list[str], accelerator: Accelerator) -> nn.Module | None:
-    """The model of --teacher, which must tell the same classes apart.
-
-    Raises:
-        ValueError: it cannot be loaded, or its classes are others.
-    """
-    if args.teacher is None:
-        return None
-    teacher = s3n_timm.load_model(args.teacher)
-    if label_names(teacher) != names:
-        raise ValueError(f"--teacher {args.teacher} tells other classes apart than --dataset {args.dataset} has.")
-    return teacher.eval().requires_grad_(False).to(accelerator.device)
-
-
 def list_frozen(model: nn.Module, args: argparse.Namespace) -> list[nn.Module]:
     """Modules that --freeze-epochs does not train: those of the backbone, its classifier excepted."""
     classifiers = _classifier_names(model)
@@ -118,31 +94,6 @@ def list_frozen(model: nn.Module, args: argparse.Namespace) -> list[nn.Module]:
 def _classifier_names(model: nn.Module) -> tuple[str, ...]:
     names = model.pretrained_cfg["classifier"]
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def refuse_single_values(model: nn.Module, args: argparse.Namespace, size: tuple[int, ...]) -> None:
-    """Refuse a batch of one image whose last feature map has one place: batch norm has no variance there.
-
-    Raises:
-        ValueError: a layer normalizes a single value per channel.
-    """
-    if args.batch_size > 1 or args.freeze_bn:
-        return
-    seen: list[str] = []
-
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].numel() == inputs[0].shape[1]:
-            seen.append(type(module).__name__)
-
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    hooks = [module.register_forward_pre_hook(look) for module in norms]
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, *size, device=next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
-    if seen:
-        raise ValueError(f"{args.backbone} has one feature per channel at {size[1]} px, which batch norm cannot "
-                         "normalize in a batch of one image: raise --batch-size or --img-size, or add --freeze-bn.")
 
 
 # optimizer

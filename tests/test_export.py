@@ -35,7 +35,7 @@ FAMILIES = {
     "test_efficientnet": dict(side=SIDE),
     "test_convnext": dict(side=SIDE),
     "swin_tiny_patch4_window7_224": dict(
-        side=128, img_size=128, backbone_args=dict(depths=(2, 1, 1, 1), embed_dim=24, num_heads=(1, 2, 2, 2))),
+        side=128, img_size=128, backbone_args=dict(depths=(2, 1), embed_dim=24, num_heads=(1, 2))),
 }
 
 
@@ -161,8 +161,7 @@ def test_sampling_compiles_once_for_any_response(counter, number):
     image = birds(2)
     for peaks in (4, number):
         response = torch.zeros(2, 31, 31)
-        response[:, 2:30:9, 3:30:9].flatten(1)  # places far from each other
-        for i in range(peaks):
+        for i in range(peaks):  # far from each other
             response[:, 3 + 9 * (i // 3), 4 + 9 * (i % 3)] = 1 - 0.05 * i
         expected = sample_response(image, response, **options)
         assert expected.peaks.sum((1, 2)).tolist() == [peaks] * 2

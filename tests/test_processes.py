@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_simple_launcher_cmd_env
-from helpers import ENVIRONMENT, EXAMPLES, SMALL, free_port, largest_difference, run, train
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from helpers import ENVIRONMENT, EXAMPLES, SMALL, Forked, free_port, largest_difference, run, train
 from support.sync_bn import synchronize
 from torch import nn
 
@@ -100,19 +100,19 @@ def test_two_machines(alone, tmp_path):
 
 
 def test_fsdp_trains_to_the_same_weights_and_resumes(alone, tmp_path):
-    config, output = EXAMPLES / "configs" / "fsdp.yaml", tmp_path / "run"
-    words = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2,
-        "--mixed_precision", "no", Path(__file__).with_name("fsdp_on_cpu.py"), EXAMPLES / "train.py",
-        *SMALL, *ARGS, "--freeze-bn", "--output", output,
-    ]
-    words = list(map(str, words))
-    assert "16 images an update, 2 process(es)" in run(words)
+    output = tmp_path / "run"
+    launch = ["--config_file", EXAMPLES / "configs" / "fsdp.yaml", "--num_processes", 2, "--mixed_precision", "no"]
+    script = [Path(__file__).with_name("fsdp_on_cpu.py"), EXAMPLES / "train.py", *SMALL, *ARGS, "--freeze-bn",
+              "--output", output]
+    launch, script = list(map(str, launch)), list(map(str, script))
+    text = run([sys.executable, "-m", "accelerate.commands.launch", *launch, *script])
+    assert "16 images an update, 2 process(es)" in text
     assert largest_difference(output, alone) < 1e-4
     for path in (output / "checkpoints" / "update-20").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    text = run([*words, "--resume"])
+    launched, *_ = _validate_launch_command(launch_command_parser().parse_args([*launch, *script]))
+    text = Forked(*script, "--resume", processes=2, **prepare_multi_gpu_env(launched)).end()
     assert "Resumed from" in text
     assert "after 1 epochs and 10 updates" in text
     assert largest_difference(output, alone) < 1e-4
