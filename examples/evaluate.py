@@ -7,7 +7,6 @@ support/reports.py.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from support.files import replace_text
-from support.launching import exiting_on, refuse_lone_process, use_cpu_threads
+from support.launching import count_default_workers, exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import hold_out, spread_over
 from support.measuring import describe_results, has_peaks
 from support.progress import progress
@@ -75,7 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--num-images", type=int, default=750, help="drawn birds: images")
     data.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="decode every image first")
     data.add_argument("-b", "--batch-size", type=int, default=32, help="per process")
-    data.add_argument("-j", "--workers", type=int, default=max(1, min(4, (os.cpu_count() or 2) // 2)))
+    data.add_argument("-j", "--workers", type=int, default=count_default_workers())
 
     model = parser.add_argument_group("model", "its own settings where these are left out")
     model.add_argument("--img-size", type=int, metavar="PX")

@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +34,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from support.files import claimed, replace_text, replacing_file
-from support.launching import accept_any_encoding, exiting_on, refuse_lone_process, use_cpu_threads
+from support.launching import accept_any_encoding, count_cores, exiting_on, refuse_lone_process, use_cpu_threads
 from support.progress import progress
 from support.sources import Batch, Item, Reader, Source, digest_names, keep_batch, list_items, open_source
 from torch import Tensor
@@ -326,8 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_cpu_threads(args.cpu_threads, accelerator)
     datasets.disable_progress_bars()
     cuda = accelerator.device.type == "cuda"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shared = max(1, cores // accelerator.num_processes) if cuda else 2
+    shared = count_cores() if cuda else 2
     with exiting_on(ValueError, OSError, KeyboardInterrupt), contextlib.ExitStack() as stack:
         source = open_source(args)
         classifier = s3n_timm.Classifier.from_pretrained(

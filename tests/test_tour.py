@@ -1,6 +1,8 @@
 """examples/tour.ipynb runs from top to bottom and shows what it showed when it was written."""
 
+import contextlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,11 +23,26 @@ def shown(cell):
     return re.sub(r"[\d.]+|/\S+", "", text).split(), pictures
 
 
+@contextlib.contextmanager
+def one_core():
+    """Processes that start within it have one thread: beside other tests a second one makes training slower."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 @pytest.mark.slow
 def test_every_cell_shows_what_it_showed(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     before, now = nbformat.read(TOUR, 4), nbformat.read(TOUR, 4)
-    nbclient.NotebookClient(now, timeout=300, resources=dict(metadata=dict(path=TOUR.parent))).execute()
+    with one_core():
+        nbclient.NotebookClient(now, timeout=300, resources=dict(metadata=dict(path=TOUR.parent))).execute()
     for old, new in zip(before.cells, now.cells):
         if old.cell_type == "code" and "train.py" not in old.source:  # its table depends on the machine's arithmetic
             assert shown(new) == shown(old), old.source

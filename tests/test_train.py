@@ -560,13 +560,13 @@ def test_output_that_cannot_be_written_is_found_before_data_are_read(tmp_path, m
 
 
 def test_workers_share_the_cores_of_a_machine(monkeypatch):
-    from support import arguments
+    from support import launching
 
-    monkeypatch.setattr(arguments.os, "sched_getaffinity", lambda _: set(range(32)))
+    monkeypatch.setattr(launching.os, "sched_getaffinity", lambda _: set(range(32)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert arguments.count_default_workers() == 8
+    assert launching.count_default_workers() == 8
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert arguments.count_default_workers() == 4
+    assert launching.count_default_workers() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert arguments.count_default_workers() == 1
+    assert launching.count_default_workers() == 1

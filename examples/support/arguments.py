@@ -3,16 +3,15 @@
 import argparse
 import difflib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate.utils import LoggerType
 from support.files import LOCK
+from support.launching import count_default_workers
 from support.publishing import add_hub_flags, check_hub_flags
 from timm.optim import list_optimizers
 
@@ -33,13 +32,6 @@ FREE_TO_CHANGE = frozenset((
     "push_to_hub", "push_backbone", "hub_private",
     "batch_size", "grad_accum_steps",  # their product must stay
 ))
-
-
-def count_default_workers() -> int:
-    """Data loading workers: a GPU needs all cores of its process, a CPU trains on half of them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
-    return max(1, min(cores, 16) if torch.cuda.is_available() else cores // 2)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.environment import get_cpu_distributed_information
 
 RANKS = ("LOCAL_RANK", "RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -31,10 +32,21 @@ def refuse_lone_process() -> None:
         )
 
 
+def count_cores() -> int:
+    """Cores for this process: those that it may run on, shared evenly among the processes of its machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // get_cpu_distributed_information().local_world_size)
+
+
+def count_default_workers() -> int:
+    """Data loading workers: a GPU needs all cores of its process, a CPU computes on half of them."""
+    return max(1, min(count_cores(), 16) if torch.cuda.is_available() else count_cores() // 2)
+
+
 def use_cpu_threads(threads: int | None, accelerator: Accelerator) -> None:
-    """Share the cores among the processes of a CPU: launchers leave a process one thread."""
+    """Give a process on a CPU its share of the cores: launchers leave it one thread."""
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+        torch.set_num_threads(threads or count_cores())
 
 
 def accept_any_encoding() -> None:
