@@ -39,7 +39,7 @@ from support.launching import (
 )
 from support.loaders import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
 from support.losses import create_criterion, list_class_weights
-from support.models import load_teacher, read_pretrained, refuse_single_values
+from support.models import read_pretrained, refuse_single_values
 from support.progress import progress as show_progress
 from support.publishing import ask_hub, publish
 from support.results import evaluate, finish_training
@@ -185,7 +185,7 @@ def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.accumulate(run.model):
-            loss = run.criterion(run.model(images), target, run.ask_teacher(images))
+            loss = run.criterion(run.model(images), target)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 for parameter in frozen:
@@ -349,7 +349,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
         train_loader = TrainLoader(splits["train"], augment, args, accelerator, mode)
         val_loader, test_loader = (create_eval_loader(splits[name], squash, args, accelerator, mode)
                                    for name in ("val", "test"))
-        teacher = load_teacher(args, names, accelerator)
         groups = group_parameters(model, args)
         model, optimizer = accelerator.prepare(
             model, create_optimizer_v2(groups, opt=args.opt, lr=args.lr, momentum=args.momentum))
@@ -371,7 +370,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
     elif args.snapmix:
         mixup = SnapMix(bare, args.snapmix)
     ema = ModelEmaV3(bare, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
-    run = Run(args, accelerator, model, ema, criterion, optimizer, scheduler, mixup, teacher, Progress(), held, names,
+    run = Run(args, accelerator, model, ema, criterion, optimizer, scheduler, mixup, Progress(), held, names,
               data_config, stop)
     progress = run.progress
     for line in notes:

@@ -1,6 +1,5 @@
 """The training loss (paper eq. 9)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
-from .outputs import S3NLogits, mean_answer
+from .outputs import S3NLogits
 
 
 class S3NLoss(nn.Module):
@@ -24,9 +23,6 @@ class S3NLoss(nn.Module):
         smoothing: ε, taken from the true class and spread evenly over the other C - 1; one number for every output
             or one per field of `S3NLogits`. `S3NLoss.ORIGINAL` holds the original's, 0.15 on Y_O and Y_C. Under `bce`
             as timm does it: targets t become (1 - ε) t + ε / C, with `multi_label` (1 - ε) t + ε / 2.
-        distillation: weight of T² · KL(teacher ‖ Y_O), by which the original branch learns from a detached teacher:
-            what the other outputs say together (`mean_answer`), unless `forward` is given one. Not the paper's.
-        temperature: T, by which teacher's and student's logits are divided there.
         class_weights: a weight of each class, C in order: w_c in -Σ_c w_c t_c ln p_c, as torch's `cross_entropy` has it
             with targets t; under `bce` the `pos_weight` of `BinaryCrossEntropy`, of images that show the class. The sum
             over images is divided by their number and not by the sum of their weights, so that the loss of a batch is
@@ -37,9 +33,8 @@ class S3NLoss(nn.Module):
         bce_target_thresh: soft targets above it become 1 and others 0, as timm does for mixed images.
 
     Raises:
-        ValueError: an ε lies outside [0, 1), a field is unknown, `distillation` is negative or meets `bce`,
-            `temperature` is not positive, a class weight is negative, not finite or all are 0, or an option of `bce` is
-            given without it.
+        ValueError: an ε lies outside [0, 1), a field is unknown, a class weight is negative, not finite or all are 0,
+            or an option of `bce` is given without it.
 
     Example:
         >>> from torch import zeros, tensor
@@ -55,8 +50,6 @@ class S3NLoss(nn.Module):
     def __init__(
             self,
             smoothing: float | Mapping[str, float] = 0.0,
-            distillation: float = 0.0,
-            temperature: float = 1.0,
             *,
             class_weights: Sequence[float] | Tensor | None = None,
             bce: bool = False,
@@ -71,13 +64,7 @@ class S3NLoss(nn.Module):
                 raise ValueError(f"smoothing has no output {name!r}: use {', '.join(S3NLogits._fields)}.")
             if not 0 <= value < 1:
                 raise ValueError(f"smoothing of {name} must lie in [0, 1), got {value}.")
-        if not 0 <= distillation < math.inf:
-            raise ValueError(f"distillation must be a weight of at least 0, got {distillation}.")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive, got {temperature}.")
         bce = bce or multi_label
-        if bce and distillation:
-            raise ValueError("distillation compares probabilities of one label an image: leave it out with bce.")
         if not bce and (bce_sum or bce_target_thresh is not None):
             raise ValueError("bce_sum and bce_target_thresh are options of bce: add it, or leave them out.")
         weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
@@ -91,17 +78,15 @@ class S3NLoss(nn.Module):
         if bce:
             self.binary = BinaryCrossEntropy(0.0, bce_target_thresh, sum_classes=bce_sum, pos_weight=weights)
         self.multi_label = multi_label
-        self.distillation, self.temperature = distillation, temperature
         self.smoothing = {name: float(given.get(name, 0.0)) for name in S3NLogits._fields}
 
-    def forward(self, logits: S3NLogits | Tensor, target: Tensor, teacher: Tensor | None = None) -> Tensor:
+    def forward(self, logits: S3NLogits | Tensor, target: Tensor) -> Tensor:
         """Loss of a batch.
 
         Args:
             logits: `S3NLogits` of B×C each, or the B×C joint logits alone, as a model in eval mode gives them.
             target: B class indices, or B×C class probabilities; with `multi_label` B×C, 1 for each label of an image
                 and 0 elsewhere, or mixtures of such.
-            teacher: B×C logits of another network, to distil from in place of the model's other outputs.
 
         Returns:
             The loss, a scalar.
@@ -117,20 +102,6 @@ class S3NLoss(nn.Module):
             for name, output in zip(S3NLogits._fields, logits)
             if output is not None
         ]
-        if self.distillation:
-            student = logits.joint if logits.original is None else logits.original
-            if student is None:
-                raise ValueError("distillation needs the original branch's logits.")
-            if teacher is None:
-                others = [each / self.temperature for name, each in logits._asdict().items()
-                          if each is not None and name != "original"]
-                teacher_log = mean_answer(others)
-            else:
-                teacher_log = (teacher.float() / self.temperature).log_softmax(1)
-            # detached: with a gradient the teacher would learn to be easy to follow
-            terms.append(self.distillation * self.temperature**2 * F.kl_div(
-                (student.float() / self.temperature).log_softmax(1), teacher_log.detach(), log_target=True,
-                reduction="batchmean"))
         return sum(terms[1:], terms[0])
 
     def _term(self, logits: Tensor, target: Tensor, smoothing: float) -> Tensor:

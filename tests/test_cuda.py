@@ -114,7 +114,7 @@ def test_gradients(name):
     gradients = []
     for device in ("cpu", DEVICE):
         model.to(device).set_branch_logits(True)
-        loss = S3NLoss(distillation=1.0)(model(x.to(device)), target.to(device))
+        loss = S3NLoss()(model(x.to(device)), target.to(device))
         model.zero_grad()
         loss.backward()
         gradients.append({key: p.grad.cpu().clone() for key, p in model.named_parameters() if p.grad is not None})
@@ -298,7 +298,7 @@ def test_the_forward_and_the_loss_never_wait():
     S3NLoss()(model(x), target).backward()  # libraries start
     torch.cuda.set_sync_debug_mode("error")
     try:
-        S3NLoss(distillation=1.0)(model(x), target).backward()
+        S3NLoss()(model(x), target).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -26,7 +26,7 @@ MODELS = {
     "zoom": dict(scan_size=32, zoom_size=48),
     "random partition": dict(partition_train="random", partition_eval="probability"),
 }
-LOSS = dict(smoothing=0.1, distillation=1.0)
+LOSS = dict(smoothing=0.1)
 
 
 def build(name, **options):

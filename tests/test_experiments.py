@@ -124,20 +124,17 @@ def test_train_and_the_model_take_every_row(tmp_path):
 
 
 def test_every_size_has_the_baselines_of_as_much_training():
-    """18 epochs of S3N's three passes are 54 of one; a student's epoch takes a third more, its teacher's forward."""
+    """18 epochs of S3N's three passes are 54 of one."""
     for side, size in cub50.SIZES.items():
         rows = {name: row for name, row in cub50.ROWS.items() if row.is_plain and cub50.input_side(row.train) == side}
         epochs = {name: int(cub50.flag(row.train, "--epochs", "6")) for name, row in rows.items()}
         assert epochs[f"plain{size}-54"] == 3 * epochs[f"plain{size}-18"] == 54
-        taught = rows[f"plain{size}-27-distilled"]
-        assert taught.teacher == f"plain{size}-18"
-        assert epochs[f"plain{size}-27-distilled"] * 4 / 3 + epochs[taught.teacher] == 54
         for row in rows.values():
             assert row.cost is None or cub50.input_side(cub50.ROWS[row.cost].train) == side
 
 
 def test_validation_holds_the_same_images_out_of_training_and_evaluates_them(tmp_path):
-    row = "plain-224-27-distilled"
+    row = "plain-224-18-cutmix"
     chosen, final = plan(row, tmp_path, "--validation", seed=2), plan(row, tmp_path, seed=2)
     assert after(chosen.train, "--val-fraction") == after(chosen.evaluate, "--val-fraction") == "0.2"
     assert after(chosen.train, "--seed") == after(chosen.evaluate, "--seed") == "2"
@@ -147,7 +144,7 @@ def test_validation_holds_the_same_images_out_of_training_and_evaluates_them(tmp
     assert chosen.settings != final.settings
     given = ["--data-dir", "x", "--pretrained-path", "x", "--rows", "plain"]
     validation, test = cub50.parse_args([*given, "--validation"]), cub50.parse_args(given)
-    assert validation.output != test.output, "a teacher that saw the validation images teaches none of these runs"
+    assert validation.output != test.output
     assert validation.results == test.results / "validation"
 
 
@@ -157,8 +154,6 @@ STAND_INS = {
 import os, sys, time
 from pathlib import Path
 output = Path(sys.argv[sys.argv.index("--output") + 1])
-if "--teacher" in sys.argv:
-    assert (Path(sys.argv[sys.argv.index("--teacher") + 1]) / "model.safetensors").is_file()
 if os.environ.get("FAIL") == output.parent.name:
     sys.exit("the last words")
 (output / "last").mkdir(parents=True)
@@ -197,28 +192,28 @@ def stand_in(keep_signals, monkeypatch, tmp_path):
     return call
 
 
-def test_jobs_train_at_the_same_time_and_a_student_after_its_teacher(stand_in, monkeypatch, tmp_path):
+def test_jobs_train_at_the_same_time_and_rows_of_one_training_share_it(stand_in, monkeypatch, tmp_path):
     monkeypatch.setenv("MEET", "2")
-    found = stand_in("--rows", "plain-27-*", "s3n-18", "s3n-18-backbone", "--seeds", 0, "--jobs", 2)
+    found = stand_in("--rows", "plain-18", "s3n-18", "s3n-18-backbone", "--seeds", 0, "--jobs", 2)
     assert {name: each["answered"] for name, each in found.items()} == {
-        "plain-27-distilled-0": "01", "s3n-18-0": "01", "s3n-18-backbone-0": "11"}
+        "plain-18-0": "01", "s3n-18-0": "01", "s3n-18-backbone-0": "11"}
     trained = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert trained == ["plain-18", "plain-27-distilled", "s3n-18"], "a teacher is trained for its student alone"
+    assert trained == ["plain-18", "s3n-18"]
     assert (tmp_path / "runs" / "s3n-18" / "seed-0" / "log.txt").read_text().count("$ ") == 3
 
 
 def test_a_failure_ends_the_command_and_the_next_one_goes_on(stand_in, monkeypatch, tmp_path):
     monkeypatch.setenv("MEET", "0")
-    monkeypatch.setenv("FAIL", "plain-27-distilled")
-    with pytest.raises(SystemExit, match=r"(?s)plain-27-distilled, seed 0 failed with exit status 1.*the last words"):
-        stand_in("--rows", "plain-27-distilled", "--seeds", 0)
+    monkeypatch.setenv("FAIL", "plain-18")
+    with pytest.raises(SystemExit, match=r"(?s)plain-18, seed 0 failed with exit status 1.*the last words"):
+        stand_in("--rows", "plain", "plain-18", "--seeds", 0)
     monkeypatch.delenv("FAIL")
-    before = (tmp_path / "runs" / "plain-18" / "seed-0" / "results.json").stat().st_mtime_ns
-    assert list(stand_in("--rows", "plain-27-distilled", "--seeds", 0)) == ["plain-27-distilled-0"]
-    assert (tmp_path / "runs" / "plain-18" / "seed-0" / "results.json").stat().st_mtime_ns == before
-    (tmp_path / "results" / "plain-27-distilled-0.json").unlink()
+    before = (tmp_path / "runs" / "plain" / "seed-0" / "results.json").stat().st_mtime_ns
+    assert sorted(stand_in("--rows", "plain", "plain-18", "--seeds", 0)) == ["plain-0", "plain-18-0"]
+    assert (tmp_path / "runs" / "plain" / "seed-0" / "results.json").stat().st_mtime_ns == before
+    (tmp_path / "results" / "plain-18-0.json").unlink()
     with pytest.raises(SystemExit, match=r"holds a run with other settings \(validation was False and is True\)"):
-        stand_in("--rows", "plain-27-distilled", "--seeds", 0, "--validation")
+        stand_in("--rows", "plain-18", "--seeds", 0, "--validation")
 
 
 def test_a_failing_job_stops_the_others():
@@ -299,7 +294,6 @@ def test_frontier_by_hand(capsys, tmp_path):
         ("plain-18", ("--epochs", "18"), ("1000", "1000")),
         ("plain-224-18", px, ("1100", "1000")),
         ("plain-224-18-cutmix", (*px, "--cutmix", "1"), ("1100", "1010")),
-        ("plain-224-27-distilled", ("--img-size", "224", "--epochs", "27"), ("1100", "1100")),
         ("s3n-224-18", px, ("1111", "1111")),
         ("s3n-224-18-backbone", px, ("1110", "1110")),
     ) for seed, answered in enumerate(of_row)]
@@ -311,16 +305,12 @@ def test_frontier_by_hand(capsys, tmp_path):
     tables.main(["--results", str(tmp_path)])
     lines = [line.strip("| ").split(" | ") for line in (tmp_path / "frontier.md").read_text().splitlines()]
     rows = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
-    assert list(rows) == ["plain-18", "s3n-224-18-backbone", "plain-224-18-cutmix", "plain-224-27-distilled",
-                          "plain-224-18"]
+    assert list(rows) == ["plain-18", "s3n-224-18-backbone", "plain-224-18-cutmix", "plain-224-18"]
     ours = rows["s3n-224-18-backbone"]
     assert [ours[name] for name in ("px", "passes an image", "images/s", "training min", "seeds", "top-1 %")] == [
         "224", "2.00", "50", "90", "2", "75.0 ± 0.0"]
     assert ours["best baseline"] == "plain-224-18-cutmix", "the first of equal ones"
     assert ours["− best baseline"].startswith("+25.0 (")
-    # its own 27 epochs, the teacher's forwards, and the teacher's 18 epochs
-    assert rows["plain-224-27-distilled"]["training min"] == "104"
-    assert 27 * 1500 / 12.5 / 60 + 27 * 1500 / 50 / 60 + 18 * 1500 / 12.5 / 60 == 103.5
     assert "s3n-224-18 |" in capsys.readouterr().out, "which takes several passes, in the table of all rows"
     with Image.open(tmp_path / "frontier.png") as picture:
         assert picture.size == (960, 720)

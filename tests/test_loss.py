@@ -90,45 +90,6 @@ def test_errors_name_the_argument(smoothing):
         S3NLoss(smoothing)
 
 
-def test_distillation_draws_the_original_branch_to_what_the_others_say():
-    outputs, temperature = logits(), 2.0
-    others = [output / temperature for output in (outputs.joint, outputs.discriminative, outputs.complementary)]
-    together = torch.stack([output.softmax(1) for output in others]).prod(0) ** (1 / 3)
-    together = together / together.sum(1, keepdim=True)
-    expected = S3NLoss()(outputs, TARGET)
-    for p, q in zip(together, (outputs.original / temperature).softmax(1)):
-        expected = expected + 0.5 * temperature**2 / 3 * sum(p[c] * (p[c] / q[c]).log() for c in range(4))
-    loss = S3NLoss(distillation=0.5, temperature=temperature)
-    torch.testing.assert_close(loss(outputs, TARGET), expected, rtol=1e-5, atol=0)
-    agreed = S3NLogits(*[outputs.joint] * 4)
-    torch.testing.assert_close(S3NLoss(distillation=5)(agreed, TARGET), S3NLoss()(agreed, TARGET), rtol=1e-5, atol=0)
-
-
-def test_distillation_teaches_the_original_branch_alone():
-    outputs = S3NLogits(*(output.requires_grad_() for output in logits()))
-    gradients = torch.autograd.grad(S3NLoss(distillation=1)(outputs, TARGET), outputs)
-    alone = torch.autograd.grad(S3NLoss()(outputs, TARGET), outputs)
-    assert (gradients[1] - alone[1]).abs().max() > 1e-3
-    for i in (0, 2, 3):
-        torch.testing.assert_close(gradients[i], alone[i])
-
-
-def test_a_teacher_replaces_the_other_outputs():
-    outputs, teacher = logits(), logits().joint.flip(1)
-    expected = S3NLoss()(outputs.joint, TARGET) + F.kl_div(
-        outputs.joint.log_softmax(1), teacher.softmax(1), reduction="batchmean")
-    torch.testing.assert_close(S3NLoss(distillation=1)(outputs.joint, TARGET, teacher), expected)
-    extra = S3NLoss(distillation=1)(outputs, TARGET, teacher) - S3NLoss()(outputs, TARGET)
-    torch.testing.assert_close(extra, F.kl_div(
-        outputs.original.log_softmax(1), teacher.softmax(1), reduction="batchmean"))
-
-
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_distillation_is_refused(weight):
-    with pytest.raises(ValueError, match="distillation must be a weight of at least 0"):
-        S3NLoss(distillation=weight)
-
-
 WEIGHTS = [0.5, 2.0, 1.0, 0.0]
 
 
@@ -228,8 +189,6 @@ def test_class_weights_of_binary_cross_entropy_weigh_images_that_show_the_class(
         (dict(class_weights=[]), "class_weights"),
         (dict(bce_sum=True), "options of bce"),
         (dict(bce_target_thresh=0.2), "options of bce"),
-        (dict(bce=True, distillation=1.0), "distillation"),
-        (dict(multi_label=True, distillation=1.0), "distillation"),
     ],
 )
 def test_what_does_not_combine_is_refused(options, said):

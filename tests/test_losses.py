@@ -113,10 +113,8 @@ def test_other_weights_are_another_run(tmp_path):
         (["--bce-sum"], "need --bce-loss"),
         (["--bce-target-thresh", "0.2"], "need --bce-loss"),
         (["--bce-loss", "--bce-target-thresh", "1"], "must lie in [0, 1)"),
-        (["--bce-loss", "--distillation", "1"], "compares probabilities of one label"),
         (["--bce-loss", "--snapmix", "5"], "labels weights that may exceed 1"),
         (["--dataset", "multi-label", "--snapmix", "5"], "labels weights that may exceed 1"),
-        (["--dataset", "multi-label", "--distillation", "5"], "compares probabilities of one label"),
         (["--dataset", "multi-label", "--balanced"], "use --class-weights"),
     ],
 )

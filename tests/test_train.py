@@ -130,7 +130,6 @@ def test_a_seed_repeats_a_run_and_another_does_not(trained, tmp_path):
         ["--smoothing", 0.1],
         ["--bce-loss"],
         ["--bce-loss", "--bce-sum", "--smoothing", 0.1, "--mixup", 0.4, "--bce-target-thresh", 0.2],
-        ["--distillation", 1],
         ["--clip-grad", 0.1],
         ["--attention", "saliency"],
         ["--model-kwargs", '{"complement": "erase"}'],
@@ -195,18 +194,6 @@ def test_gradient_checkpointing_recomputes_the_backbone():
         gradients.append(next(model.backbone.parameters()).grad)
     assert passes == [2, 4]
     torch.testing.assert_close(*gradients)
-
-
-def test_a_teacher_is_learned_from(trained, tmp_path):
-    plain = ("--plain", "--epochs", 1, "--distillation", 2)
-    train("--plain", "--epochs", 1, "--output", tmp_path / "alone")
-    train(*plain, "--teacher", trained[0] / "last", "--output", tmp_path / "taught")
-    assert rows(tmp_path / "alone")[0]["loss"] != rows(tmp_path / "taught")[0]["loss"]
-    text = train(*plain, "--teacher", trained[0] / "last", "--num-classes", 5, "--output", tmp_path / "other", ok=False)
-    assert "tells other classes apart" in text
-    text = train(*plain, "--teacher", tmp_path / "none", "--output", tmp_path / "other", ok=False)
-    assert "none" in text
-    assert "Traceback" not in text
 
 
 def test_the_input_grows_over_the_first_half():
@@ -382,8 +369,6 @@ def test_image_folder(tmp_path):
         (["--dataset", "hub:x", "--streaming", "--val-fraction", "0.1"], "--streaming can't hold images out"),
         (["--val-split", "validation"], "--val-split names a split of the Hub"),
         (["--plain", "--branches", "O"], "--plain has no branches"),
-        (["--plain", "--distillation", "1"], "--plain has no other outputs to learn from"),
-        (["--teacher", "nowhere"], "--teacher needs the weight of its loss"),
         (["--snapmix", "5", "--mixup", "0.2"], "--snapmix mixes batches itself"),
         (["--start-size", "512", "--img-size", "96"], "--start-size 512 must not exceed"),
         (["--recipe", "nonsense"], "--recipe nonsense is neither a file nor"),

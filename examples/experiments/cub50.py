@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of support/
 import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 import timm
 import torch
-from experiments.runner import EXAMPLES, Run, RunError, execute, execute_all, exit_on_signals, refuse_difference, train
+from experiments.runner import EXAMPLES, Run, RunError, execute, execute_all, exit_on_signals, refuse_difference
 from safetensors.torch import load_file
 from support.files import replace_text
 
@@ -50,7 +50,6 @@ class Row(NamedTuple):
     evaluated: str = "last"  # which folder of train.py: last, or backbone, the plain timm model of the O branch
     answer: str = "joint"  # the output of evaluate.py that counts
     exit_entropy: float | None = None  # below it the original branch answers, see s3n_timm.early_exit
-    teacher: str | None = None  # the row whose weights this one learns from
     cost: str | None = None  # the row whose speed stands for this one's: the same network at the same input size
 
     @property
@@ -103,21 +102,17 @@ AUGMENTATIONS = {
 }
 IDEAS = {
     "erase": kwargs(complement="erase"),
-    "distilled": ("--distillation", "1"),
     "shrink": kwargs(complement="shrink"),
     "reflect": kwargs(border="reflect"),
     "progressive": ("--start-size", "128"),
     "snapmix": ("--snapmix", "5"),
-    "erase-distilled": (*kwargs(complement="erase"), "--distillation", "1"),
-    "erase-distilled-snapmix": (*kwargs(complement="erase"), "--distillation", "1", "--snapmix", "5"),
 }
 
 
 def compare_at(side: int) -> dict[str, Row]:
     """Single passes at one input size: S3N's backbone, and the plain baselines of as much training.
 
-    An epoch of S3N takes three passes an image. So 54 epochs of the plain backbone are as much training as 18 of S3N,
-    and so are 18 of a teacher and 27 of its student, whose epochs take a third more for the teacher's forward.
+    An epoch of S3N takes three passes an image. So 54 epochs of the plain backbone are as much training as 18 of S3N.
     """
     size = SIZES[side]
     px = ("--img-size", str(side)) if size else ()
@@ -131,9 +126,6 @@ def compare_at(side: int) -> dict[str, Row]:
         f"plain{size}-{epochs}-{name}": Row(f"the backbone alone, {side} px, {epochs} epochs, {' '.join(flags)}",
                                             (*plain, "--epochs", epochs, *flags), cost=cost)
         for epochs in ("18", "54") for name, flags in AUGMENTATIONS.items()}
-    rows[f"plain{size}-27-distilled"] = Row(f"the backbone alone, {side} px, 27 epochs, taught by plain{size}-18",
-                                            (*plain, "--epochs", "27", "--distillation", "1"),
-                                            teacher=f"plain{size}-18", cost=cost)
     rows[s3n] = Row(f"S3N, {side} px, 18 epochs", (*px, "--epochs", "18"), cost=s3n_cost)
     rows |= {f"{s3n}-{name}": Row(f"S3N, {side} px, 18 epochs, {' '.join(flags)}", (*px, "--epochs", "18", *flags),
                                   cost=s3n_cost or s3n)
@@ -190,37 +182,24 @@ ROWS |= {f"{name}-backbone": Row(f"the backbone of {name}, a plain timm model", 
 # one run
 
 
-def root(name: str) -> str:
-    """The row that is trained first among those which `name` needs."""
-    before = ROWS[name].trained or ROWS[name].teacher
-    return root(before) if before else name
-
-
 def plan_run(name: str, seed: int, args: argparse.Namespace) -> Run:
     row = ROWS[name]
     trained = row.trained or name
-    flags, teacher = ROWS[trained].train, ROWS[trained].teacher
+    flags = ROWS[trained].train
     folder = args.output / trained / f"seed-{seed}"
     shared = ["--workers", str(args.workers), "--cpu-threads", str(args.cpu_threads), "--no-verify"]
     data = ["--dataset", "cub", "--data-dir", str(args.data_dir)]
     words = [sys.executable, str(EXAMPLES / "train.py"), *data, "--recipe", "cub50", "--pretrained-path",
              str(args.pretrained_path), *flags, "--val-interval", "1000", "--seed", str(seed),
              "--output", str(folder), "--resume", *shared]
-    words += ["--teacher", str(args.output / teacher / f"seed-{seed}" / "last")] if teacher else []
     words += VALIDATION if args.validation else []
     ending = "" if row.evaluated == "last" else f"-{row.evaluated}"
     evaluation = folder / (f"evaluation-{name}" if row.evaluate else f"evaluation{ending}")
     evaluate = [sys.executable, str(EXAMPLES / "evaluate.py"), str(folder / row.evaluated), *data, *row.evaluate,
                 *(("--split", "train", *VALIDATION) if args.validation else ()),
                 "--seed", str(seed), "--output", str(evaluation), *shared]
-    settings = dict(row=trained, flags=list(flags), s3n_timm=s3n_timm.__version__, teacher=teacher,
-                    validation=args.validation)
+    settings = dict(row=trained, flags=list(flags), s3n_timm=s3n_timm.__version__, validation=args.validation)
     return Run(name, seed, folder, words, evaluate, settings)
-
-
-def plan_teacher(run: Run, args: argparse.Namespace) -> Run | None:
-    teacher = run.settings["teacher"]
-    return plan_run(teacher, run.seed, args) if teacher else None
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -287,17 +266,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     exit_on_signals()
     args.results.mkdir(parents=True, exist_ok=True)
-    chains: dict[tuple[int, str], list[Run]] = {}  # rows that share weights or a teacher follow one another
+    chains: dict[tuple[int, str], list[Run]] = {}  # rows that share weights follow one another
     for seed in args.seeds:
         for name in args.rows:
             if not (args.results / f"{name}-{seed}.json").is_file():
-                chains.setdefault((seed, root(name)), []).append(plan_run(name, seed, args))
+                chains.setdefault((seed, ROWS[name].trained or name), []).append(plan_run(name, seed, args))
     printing = threading.Lock()
 
     def finish(run: Run) -> None:
-        teacher = plan_teacher(run, args)
-        if teacher:
-            train(teacher)
         execute(run)
         content = measure(run)
         replace_text(args.results / f"{run.name}-{run.seed}.json", json.dumps(content, indent=1))
@@ -309,8 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for chain in chains.values():
             for run in chain:
-                for each in filter(None, (plan_teacher(run, args), run)):
-                    refuse_difference(each)
+                refuse_difference(run)
         execute_all(chains.values(), finish, args.jobs)
     except RunError as error:
         sys.exit(f"cub50.py: {error}")

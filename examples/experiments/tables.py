@@ -247,19 +247,10 @@ def compare_rows(runs: Mapping[int, dict[str, Any]], baselines: Mapping[int, dic
                                      for each in (runs, baselines))))
 
 
-def count_minutes(name: str, epochs: int, speed: Speed) -> float:
-    """Minutes that a row's training takes, that of its teacher and the teacher's own passes included."""
-    trained = ROWS[name].trained or name
-    minutes = epochs * IMAGES / speed[trained]["training_images_per_second"] / 60
-    if teacher := ROWS[trained].teacher:
-        minutes += epochs * IMAGES / speed[teacher]["images_per_second"] / 60
-        minutes += count_minutes(teacher, int(flag(ROWS[teacher].train, "--epochs", "6")), speed)
-    return minutes
-
-
 def show_speed(run: dict[str, Any], speed: Speed) -> tuple[str, str]:
     """Images answered a second, and minutes that training takes."""
-    minutes = count_minutes(run["row"], int(flag(run["train"], "--epochs", "6")), speed)
+    trained = speed[ROWS[run["row"]].trained or run["row"]]
+    minutes = int(flag(run["train"], "--epochs", "6")) * IMAGES / trained["training_images_per_second"] / 60
     # how fast an early exit is depends on the images
     return f"{speed[run['row']]['images_per_second']:.0f}" if not run.get("exited") else "", f"{minutes:.0f}"
 
@@ -362,7 +353,8 @@ def format_frontier(runs: Runs, speed: Speed) -> list[list[str]]:
 
 def draw_frontier(runs: Runs, speed: Speed) -> Figure:
     """`draw` with a line through the best plain baseline of each size, and one through S3N's best backbone."""
-    figure = draw(runs, speed, "one pass of a plain timm model: trained alone grey, by S3N blue; lines: the best")
+    taught = "" if all(ROWS[name].is_plain for name in runs) else ": trained alone grey, by S3N blue"
+    figure = draw(runs, speed, f"one pass of a plain timm model{taught}; the best of each cost are joined")
     for plain, color in ((True, "tab:gray"), (False, "tab:blue")):
         best: dict[float, float] = {}
         for name, of_row in runs.items():
@@ -392,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     if path is None:
         parser.error(f"--results {args.results} has no speed.json: examples/experiments/speed.py makes it.")
     speed = read_speed(path)
-    needed = [name for row in runs for name in (row, ROWS[row].trained, ROWS[ROWS[row].trained or row].teacher) if name]
+    needed = [name for row in runs for name in (row, ROWS[row].trained) if name]
     unmeasured = [name for name in dict.fromkeys(needed) if name not in speed]
     if unmeasured:
         parser.error(f"{path} lacks {', '.join(unmeasured)}: examples/experiments/speed.py measures all rows.")

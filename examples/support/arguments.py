@@ -117,10 +117,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--bce-sum", action="store_true", help="sum that loss over the classes instead of its mean")
     train.add_argument("--bce-target-thresh", type=float, metavar="SHARE",
                        help="with --bce-loss: labels of mixed images count whole above this share, and else not at all")
-    train.add_argument("--distillation", type=float, default=0.0,
-                       help="weight of the original branch's distillation from the other outputs, or from --teacher")
-    train.add_argument("--temperature", type=float, default=1.0, help="temperature of the distillation")
-    train.add_argument("--teacher", metavar="FOLDER", help="saved model of the same classes to distil from")
     train.add_argument("--grad-accum-steps", type=int, default=1, metavar="STEPS", help="gradient accumulation")
     train.add_argument("--clip-grad", type=float, metavar="NORM", help="maximum gradient norm")
     train.add_argument("--model-ema", action="store_true", help="keep and evaluate a moving average of the weights")
@@ -209,7 +205,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse what can be refused before anything is read."""
     for name in ("img_size", "start_size", "batch_size", "epochs", "lr", "grad_accum_steps", "checkpoint_hist",
                  "checkpoint_every", "patience", "val_interval", "num_images", "shuffle_buffer", "clip_grad",
-                 "layer_decay", "temperature"):
+                 "layer_decay"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}.")
@@ -234,8 +230,6 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--snapmix mixes batches itself: leave out --mixup and --cutmix.")
     if args.start_size and args.start_size > args.img_size:
         parser.error(f"--start-size {args.start_size} must not exceed --img-size {args.img_size}.")
-    if args.teacher and not args.distillation:
-        parser.error("--teacher needs the weight of its loss: give --distillation, such as 1.")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--mixup and --cutmix mix pairs: --batch-size must be even, got {args.batch_size}.")
     if args.class_weights not in (None, "balanced"):
@@ -249,9 +243,6 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--bce-sum and --bce-target-thresh need --bce-loss.")
     if args.bce_target_thresh is not None and not 0 <= args.bce_target_thresh < 1:
         parser.error(f"--bce-target-thresh must lie in [0, 1), got {args.bce_target_thresh}.")
-    if args.bce_loss and args.distillation:
-        parser.error("--distillation compares probabilities of one label an image: leave it out with binary "
-                     "cross-entropy, by --bce-loss or --dataset multi-label.")
     if args.bce_loss and args.snapmix:
         parser.error("--snapmix gives labels weights that may exceed 1: leave it out with binary cross-entropy, by "
                      "--bce-loss or --dataset multi-label.")
@@ -270,8 +261,6 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--plain has no branches and no attention: leave out --branches and --attention.")
     if args.plain and args.answer != "joint":
         parser.error(f"--plain has one output: leave out --answer {args.answer}.")
-    if args.plain and args.distillation and not args.teacher:
-        parser.error("--plain has no other outputs to learn from: give a --teacher, or leave out --distillation.")
     check_hub_flags(args, parser)
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file: choose a folder.")

@@ -17,8 +17,6 @@ from s3n_timm.data import is_multi_label
 def create_criterion(args: argparse.Namespace, class_weights: list[float] | None) -> s3n_timm.S3NLoss:
     return s3n_timm.S3NLoss(
         args.smoothing,
-        args.distillation,
-        args.temperature,
         class_weights=class_weights,
         bce=args.bce_loss,
         multi_label=args.dataset == "multi-label",

@@ -1,16 +1,14 @@
-"""The weights that a model starts from, the model that teaches it, and what its layers cannot normalize."""
+"""The weights that a model starts from, and what its layers cannot normalize."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 import s3n_timm
 from s3n_timm import S3N
-from s3n_timm.checkpoints import label_names
 
 
 def read_pretrained(path: str) -> dict[str, Any]:
@@ -20,20 +18,6 @@ def read_pretrained(path: str) -> dict[str, Any]:
     model = s3n_timm.load_model(path)
     backbone = s3n_timm.extract_backbone(model) if isinstance(model, S3N) else model
     return dict(state_dict=backbone.state_dict(), num_classes=backbone.num_classes)
-
-
-def load_teacher(args: argparse.Namespace, names: list[str], accelerator: Accelerator) -> nn.Module | None:
-    """The model of --teacher, which must tell the same classes apart.
-
-    Raises:
-        ValueError: it cannot be loaded, or its classes are others.
-    """
-    if args.teacher is None:
-        return None
-    teacher = s3n_timm.load_model(args.teacher)
-    if label_names(teacher) != names:
-        raise ValueError(f"--teacher {args.teacher} tells other classes apart than --dataset {args.dataset} has.")
-    return teacher.eval().requires_grad_(False).to(accelerator.device)
 
 
 def refuse_single_values(model: nn.Module, args: argparse.Namespace, size: tuple[int, ...]) -> None:

@@ -35,7 +35,6 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     mixup: Mixup | SnapMix | None
-    teacher: nn.Module | None
     progress: Progress
     trajectory: dict[str, Any]
     names: list[str]
@@ -59,14 +58,6 @@ class Run:
     def metric(self) -> str:
         """What `evaluate` measures, in %."""
         return "mAP" if self.multi_label else "top-1"
-
-    @torch.no_grad()
-    def ask_teacher(self, images: Tensor) -> Tensor | None:
-        """Logits of --teacher."""
-        if self.teacher is None:
-            return None
-        with self.accelerator.autocast():
-            return self.teacher(images)
 
     def save(self) -> None:
         save_checkpoint(self.args.output, self.progress, self.ema, self.trajectory, self.args.checkpoint_hist,
