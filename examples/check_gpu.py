@@ -51,7 +51,7 @@ def exact() -> Iterator[None]:
 
 
 def smooth_images(batch: int, size: int) -> Tensor:
-    """Images whose neighbouring pixels are alike, so that a hundredth of a pixel is no visible difference."""
+    """Images whose neighboring pixels are alike, so that a hundredth of a pixel is no visible difference."""
     coarse = torch.rand(batch, 3, 14, 14, generator=torch.Generator().manual_seed(0))
     return F.interpolate(coarse, (size, size), mode="bilinear", align_corners=True)
 

@@ -1,6 +1,6 @@
 """Measure trained weights as the paper does: `accelerate launch examples/evaluate.py output/s3n/best`.
 
-Accuracy of every branch, calibration, hits of peaks, localisation, faithfulness, parts, magnification and confusions,
+Accuracy of every branch, calibration, hits of peaks, localization, faithfulness, parts, magnification and confusions,
 as tables and as files. Read it top to bottom: arguments, model, data, measuring, main. Files and tables are written by
 support/reports.py.
 """

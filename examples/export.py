@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     compare.add_argument("--cpu-threads", type=int, default=torch.get_num_threads(), help="of every runtime")
 
     int8 = parser.add_argument_group("int8")
-    int8.add_argument("--int8", choices=("dynamic", "static"), help="also a quantised ONNX model")
+    int8.add_argument("--int8", choices=("dynamic", "static"), help="also a quantized ONNX model")
     int8.add_argument("--dataset", help="birds, cub, aircraft, cars, folder, parquet or hub:NAME, for its accuracy")
     int8.add_argument("--data-dir", help="folder of the data set; drawn birds and the Hub need none")
     int8.add_argument("--num-calibration", type=int, default=32, help="static: training images to find ranges on")
@@ -72,9 +72,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.opset < 18:
         parser.error(f"--opset must be 18 or later, got {args.opset}: PyTorch writes no earlier ones.")
     if bool(args.int8) != bool(args.dataset):
-        parser.error("--int8 and --dataset belong together: the accuracy of int8 is measured on labelled images.")
+        parser.error("--int8 and --dataset belong together: the accuracy of int8 is measured on labeled images.")
     if args.int8 and "onnx" not in args.formats:
-        parser.error("--int8 quantises the ONNX model: add onnx to --formats.")
+        parser.error("--int8 quantizes the ONNX model: add onnx to --formats.")
     return args
 
 
@@ -269,10 +269,10 @@ def main(argv: list[str] | None = None) -> None:
             return classifier.transform(read_stored(image, classifier.mode))
 
         images, names = load_images(args, data_config, read)
-        labelled = load_int8_data(args, model.num_classes, read) if args.int8 else None
+        labeled = load_int8_data(args, model.num_classes, read) if args.int8 else None
         args.output.mkdir(parents=True, exist_ok=True)
         export_files(model, images[0], classifier, args)
-        int8 = export_int8(start_onnx, labelled, args, console) if labelled else None
+        int8 = export_int8(start_onnx, labeled, args, console) if labeled else None
     try:
         rows = compare(start_runtimes(model, args), images, names, args)
     except torch._dynamo.exc.TorchDynamoException as error:

@@ -97,6 +97,6 @@ def complementary_map(response: Tensor, strongest: Tensor, beta: Tensor | float,
     Raises:
         ValueError: as for `sampling_map`.
     """
-    # the strongest peak of a normalised response is 1, so this is 1 there and 0 far from it
+    # the strongest peak of a normalized response is 1, so this is 1 there and 0 far from it
     near = sampling_map(response.masked_fill(strongest > 0, 1.0), strongest, beta, "discriminative", floor) - floor
     return floor + 1 - near

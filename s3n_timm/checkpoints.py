@@ -161,7 +161,7 @@ def check_values(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: S3N) -> dict[str, Tensor]:
     """Bring a checkpoint of S3N, or of its plain backbone, to the names of `model`.
 
-    What S3N adds to a plain backbone keeps its initialisation; one log line names it.
+    What S3N adds to a plain backbone keeps its initialization; one log line names it.
 
     Args:
         state_dict: names to tensors, of the classes and channels that the model's `pretrained_cfg` states. From a
@@ -187,7 +187,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: S3N) -> dict[str,
     else:
         backbone = _load_backbone(state_dict, model)
         added = {name: value for name, value in own.items() if not name.startswith("backbone.")}
-        _logger.info("Loading the backbone's weights alone; newly initialised: %s.", ", ".join(added))
+        _logger.info("Loading the backbone's weights alone; newly initialized: %s.", ", ".join(added))
         whole = {f"backbone.{name}": value for name, value in backbone.items()} | added
     # classifiers may be left over in a model without classes: timm drops them next
     left = tuple(f"{name}." for name in classifiers) if model.num_classes == 0 else ()
@@ -236,7 +236,7 @@ def _load_backbone(state_dict: dict[str, Tensor], model: S3N) -> dict[str, Tenso
             except (RuntimeError, KeyError):
                 pass
             else:
-                _logger.info("The checkpoint has no classifier; newly initialised: %s.", ", ".join(new))
+                _logger.info("The checkpoint has no classifier; newly initialized: %s.", ", ".join(new))
                 return loaded
         raise RuntimeError(f"The checkpoint is neither one of this S3N nor of its backbone {name}: {error}") from error
 

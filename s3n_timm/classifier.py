@@ -144,7 +144,7 @@ class Classifier:
                 [0, 1]. Images are turned as their EXIF says, transparency lies on white, 16 bits are scaled to 8.
 
         Returns:
-            C×H×W, normalised, in float32 on the CPU; C is 1 for models that read grey images.
+            C×H×W, normalized, in float32 on the CPU; C is 1 for models that read grey images.
 
         Raises:
             TypeError: it is none of these.

@@ -1,7 +1,7 @@
 """How a timm backbone pools and classifies, and the response maps that its head has (section 1).
 
 Three kinds of head exist here. Where nothing but a linear classifier follows the pooling, its weights project the
-features directly. Where a LayerNorm or RMSNorm stands between, every position is normalised by the pooled vector's
+features directly. Where a LayerNorm or RMSNorm stands between, every position is normalized by the pooled vector's
 own statistics, which keeps the mean of a map equal to its class score. Anything else is applied at every position as
 it is, which is exact for affine layers and approximates for others. `inspect_head` finds out by running the head.
 """
@@ -434,7 +434,7 @@ def explain_refusal(images: object, backbone: Backbone, channels: int, error: Ex
     if 0 in shape[2:]:
         return ValueError(f"images have no pixel: their shape is {shape}.")
     if not images.is_floating_point():
-        return TypeError(f"images must be floats, normalised as the model's data config says, got {images.dtype}.")
+        return TypeError(f"images must be floats, normalized as the model's data config says, got {images.dtype}.")
     weights = [weight for weight in backbone.parameters() if weight.is_floating_point()]
     devices = {weight.device for weight in weights}
     if images.device not in devices:

@@ -33,7 +33,7 @@ def identity_grid(size: Sequence[int], device: torch.device | None = None) -> Te
         device: where to build it.
 
     Returns:
-        1×H×W×2 grid of (x, y) in [-1, 1], the corners' centres at ±1.
+        1×H×W×2 grid of (x, y) in [-1, 1], the corners' centers at ±1.
     """
     y, x = (torch.linspace(-1, 1, side, device=device, dtype=torch.float32) for side in size)
     return torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)[None]
@@ -79,7 +79,7 @@ def zoom(source: Tensor, grid: Tensor) -> Tensor:
     zoomed = torch.zeros((), device=source.device)
     for halving in range(halvings + 1):
         weight = (1 - (depth - halving).abs()).clamp_min(0)
-        # a copy's pixels are means of the source's, so its borders, not its corners' centres, lie on the source's;
+        # a copy's pixels are means of the source's, so its borders, not its corners' centers, lie on the source's;
         # numbers, not a tensor, which would travel to the device while the host waits
         extents = [side * 2**halving for side in copy.shape[-2:]]
         places = [along * ((whole - 1) / extent) + (whole / extent - 1)

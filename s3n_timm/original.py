@@ -101,7 +101,7 @@ def load_original_checkpoint(path: str | Path, num_classes: int | None = None) -
     if num_classes is not None and num_classes != classes:
         model.reset_classifier(num_classes)
         _logger.info(
-            "The checkpoint has %d classes, not %d; newly initialised: %s.",
+            "The checkpoint has %d classes, not %d; newly initialized: %s.",
             classes,
             num_classes,
             ", ".join(model.pretrained_cfg["classifier"]),

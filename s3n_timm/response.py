@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GATES = ("paper", "renormalised")
+GATES = ("paper", "renormalized")
 
 
 def class_response_maps(features: Tensor, classifier: nn.Linear | nn.Conv2d | Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def gate_weights(scores: Tensor, threshold: float = 0.2, topk: int = 5, gate: st
         scores: B×C class scores.
         threshold: δ, in nats.
         topk: how many classes count; all of them where there are fewer.
-        gate: `"paper"` takes the probabilities as they are, `"renormalised"` divides them by their sum first, so
+        gate: `"paper"` takes the probabilities as they are, `"renormalized"` divides them by their sum first, so
             that H does not shrink as classes are added.
 
     Returns:
@@ -74,7 +74,7 @@ def gate_weights(scores: Tensor, threshold: float = 0.2, topk: int = 5, gate: st
         raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}.")
     scores = scores.float()
     top, index = scores.softmax(dim=1).topk(min(topk, scores.shape[1]), dim=1)
-    p = top / top.sum(dim=1, keepdim=True) if gate == "renormalised" else top
+    p = top / top.sum(dim=1, keepdim=True) if gate == "renormalized" else top
     entropy = torch.special.entr(p).sum(dim=1, keepdim=True)
     rank = torch.arange(p.shape[1], device=scores.device)
     chosen = (rank == 0) | (entropy > threshold)
@@ -120,7 +120,7 @@ def project_response(
 
     A sum of maps is the projection on the sum of the classes' weights, so that the C maps are never built. It equals
     `gate_response(class_response_maps(features, weight), scores, …)`: a bias adds a constant, which section 3's
-    normalisation removes.
+    normalization removes.
 
     Args:
         features: B×D×h×w feature maps S.

@@ -101,7 +101,7 @@ def warp_grid(
             image; `"reflect"` mirrors the map, so that border pixels stay on the border and nothing is cropped.
 
     Returns:
-        B×H×W×2 grid of (x, y) in [-1, 1], the corners' centres at ±1.
+        B×H×W×2 grid of (x, y) in [-1, 1], the corners' centers at ±1.
 
     Raises:
         ValueError: `sampling_map` is not B×G×G with G >= 2, `size` has no pixel, `fwhm` is not positive and finite,
@@ -235,7 +235,7 @@ def sample_response(
         image: B×3×H×W.
         response: B×h×w response of `gate_response`, or the saliency to sample by.
         attention: `"sparse"`: Gaussians around peaks; `"response"`: Q = floor + R, dense; `"saliency"`: Q = floor +
-            the response as it is, not normalised and with its gradient, no peaks.
+            the response as it is, not normalized and with its gradient, no peaks.
         complement: what the complementary image shows: `"peaks"`: magnified weak peaks, as in the paper; `"shrink"`:
             all but the strongest peak, by `complementary_map`; `"erase"`: the image with the place of the strongest
             peak blank (0, the mean color), not warped. For sparse attention.
@@ -306,7 +306,7 @@ def selective_sample(
 ) -> SelectiveSample:
     """Warp an image twice, once around its strong and once around its weak peaks (section 3, eq. 2 to 8).
 
-    Gate, resize, normalise, find peaks, divide them, sum their attention, warp. Everything is float32, also inside
+    Gate, resize, normalize, find peaks, divide them, sum their attention, warp. Everything is float32, also inside
     autocast; β and the image receive gradients, the maps and scores don't.
 
     Args:
@@ -318,7 +318,7 @@ def selective_sample(
         beta_complementary: β₂ in cells.
         threshold: δ of the gate in nats.
         topk: classes that count in the gate.
-        gate: `"paper"` or `"renormalised"`, see `gate_weights`.
+        gate: `"paper"` or `"renormalized"`, see `gate_weights`.
         grid_size: G, or (rows, columns) for images that are not square.
         **options: of `sample_response`: `attention`, `window`, `peak_floor`, `floor`, `fwhm`, `kernel`, `border`,
             `complement`, `size`, `branches` and `generator`.

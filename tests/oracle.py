@@ -1,6 +1,6 @@
 """The sampling stage written a second time, as plainly as it can be: float64, one image, peak, cell and tap at a time.
 
-Nothing here is shared with the package and nothing is factorised: k is a full two-dimensional kernel and every
+Nothing here is shared with the package and nothing is factorized: k is a full two-dimensional kernel and every
 interpolation is written out. Beside its results the oracle returns how close its closest yes/no decision was
 (`margin`), so that a test can leave out inputs on which float32 may rightly decide otherwise.
 """
@@ -52,7 +52,7 @@ def gate(scores, delta, kind):
     order = sorted(range(len(scores)), key=lambda c: -exponentials[c])
     top = order[: min(5, len(scores))]
     chosen = [exponentials[c] / sum(exponentials) for c in top]
-    if kind == "renormalised":
+    if kind == "renormalized":
         chosen = [p / sum(chosen) for p in chosen]
     entropy = -sum(p * math.log(p) for p in chosen if p > 0)
     if entropy <= delta:
@@ -62,7 +62,7 @@ def gate(scores, delta, kind):
     return entropy, top, min(abs(entropy - delta), scores[top[-1]] - left_out)
 
 
-def normalise(response):
+def normalize(response):
     """Least value to 0, greatest to 1; None where the two are the same but for the rounding of float64."""
     low, high = response.min(), response.max()
     return None if high - low <= 1e-13 * max(abs(low), abs(high)) else (response - low) / (high - low)
@@ -232,7 +232,7 @@ def sampling_grids(
     summed = np.zeros(grid_size)
     for c in classes:
         summed += resize(np.asarray(maps[c], dtype=np.float64), grid_size)
-    response = normalise(summed)
+    response = normalize(summed)
     peaks, weight_d, weight_c = [], {}, {}
     if response is None:
         response = np.zeros(grid_size)

@@ -208,7 +208,7 @@ def test_models_of_one_channel_read_grey(make, birds):
     image = classifier.prepare(birds[0])
     assert image.shape[0] == 1
     assert torch.equal(image, classifier.prepare(birds[0].convert("L")))
-    assert abs(image.mean()) < 2, "not normalised"
+    assert abs(image.mean()) < 2, "not normalized"
     assert len(classifier(birds[:2])) == 2
     assert classifier.data_config["input_size"][0] == 1
     for channels in (2, 4):

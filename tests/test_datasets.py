@@ -620,7 +620,7 @@ def test_parquet_faulty_types(tmp_path, cache, reader):
     message = f"Column 'extra' of {tmp_path} has the type …float64…; it must hold images."
     fails(ValueError, message, reader, tmp_path, image_column="extra")
     write_parquet(path, [None], type=pa.string())
-    message = f"{tmp_path} has no labelled image in the split 'train'; add some."
+    message = f"{tmp_path} has no labeled image in the split 'train'; add some."
     fails(ValueError, message, reader, tmp_path)
 
 

@@ -16,7 +16,7 @@ MODELS = {
     "paper": {},
     "original": dict(preset="original"),
     "learned kernel": dict(kernel="learned"),
-    "scores of maps": dict(gate_scores="maps", gate="renormalised"),
+    "scores of maps": dict(gate_scores="maps", gate="renormalized"),
     "norm before the classifier": dict(backbone="test_convnext"),
     "tokens": dict(backbone="test_vit", img_size=64, backbone_args=dict(global_pool="avg")),
     "response": dict(attention="response"),

@@ -103,7 +103,7 @@ def test_heading_is_the_prediction(images, answer):
 
 
 def discs(axes):
-    """Radii, and shares of the full circle by colour, by centre."""
+    """Radii, and shares of the full circle by color, by center."""
     radii, shares = {}, {}
     for patch in axes.patches:
         place = tuple(round(float(x), 3) for x in patch.center)

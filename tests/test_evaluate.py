@@ -166,7 +166,7 @@ def write_cub(root, model, count=11):
 
 
 def carried(x, y, width, height):
-    """Where the centre crop takes a point of a stored image."""
+    """Where the center crop takes a point of a stored image."""
     side = math.floor(SIZE / CROP)
     short = min(width, height)
     sides = [int(side * length / short) for length in (width, height)]
@@ -211,7 +211,7 @@ def loop(model, dataset):
                 kind = "normalized_iou" if normalize else "iou"
                 for name in ("joint", *BRANCHES):
                     maps = seen.maps if name == "joint" else {name: seen.maps[name]}
-                    located = evaluation.localisation_maps(maps, grids, top, (SIZE, SIZE))
+                    located = evaluation.localization_maps(maps, grids, top, (SIZE, SIZE))
                     located = sum(located[branch] for branch in maps)[:, int(normalize)]
                     found = evaluation.largest_region_box(located)
                     row[f"{kind}_{name}"] = evaluation.box_iou(found, tensor([box])).item()
@@ -293,13 +293,13 @@ def test_every_figure_is_that_of_plain_loops(weights, run, tmp_path):
     assert figures["hits"]["histogram"] == [hits.count(n) for n in range(max(hits) + 1)]
     assert sum(hits) < sum(row["peaks"] for row in boxed), "the case tells nothing"
 
-    assert figures["localisation"]["images"] == 10
+    assert figures["localization"]["images"] == 10
     for name in ("joint", *BRANCHES):
         for kind in ("", "normalized_"):
             ious = [row[f"{kind}iou_{name}"] for row in boxed]
             right = [iou >= 0.5 and row["prediction_joint"] == row["label"] for iou, row in zip(ious, boxed)]
-            assert figures["localisation"][name][f"{kind}iou"] == pytest.approx(mean(ious), abs=1e-3)
-            assert figures["localisation"][name][f"{kind}accuracy"] == pytest.approx(100 * mean(right))
+            assert figures["localization"][name][f"{kind}iou"] == pytest.approx(mean(ious), abs=1e-3)
+            assert figures["localization"][name][f"{kind}accuracy"] == pytest.approx(100 * mean(right))
     for name in BRANCHES[1:]:
         ours = figures["magnification"][name]
         for kind in ("object", "background"):
@@ -415,9 +415,9 @@ def test_known_warp_and_maps_give_known_figures(known):
     figures = summarize(records, ("beak", "belly", "tail"))
     assert {name: each["top1"] for name, each in figures["accuracy"].items()} == dict.fromkeys(
         (*S3NLogits._fields, "mean"), 50)
-    assert figures["localisation"]["joint"] == dict(
-        accuracy=50, iou=1, normalized_accuracy=50, normalized_iou=1), "a wrong class is a wrong localisation"
-    assert figures["localisation"]["original"]["accuracy"] == 0
+    assert figures["localization"]["joint"] == dict(
+        accuracy=50, iou=1, normalized_accuracy=50, normalized_iou=1), "a wrong class is a wrong localization"
+    assert figures["localization"]["original"]["accuracy"] == 0
     assert figures["hits"] == dict(images=2, rate=50, mean=1, histogram=[0, 2])
     assert figures["peaks"] == dict(mean=2, min=2, max=2, images_without=0, histogram=[0, 0, 2])
     assert figures["magnification"]["discriminative"]["parts"] == dict(
@@ -505,10 +505,10 @@ def test_without_o_in_the_fusion_its_map_is_left_out():
     seen = model.explain(batch["image"])
     maps = {branch: seen.maps[branch] for branch in BRANCHES[1:]}
     grids = {branch: getattr(seen.sample, branch).grid for branch in BRANCHES[1:]}
-    located = evaluation.localisation_maps(maps, grids, seen.logits.joint.argmax(1), (SIZE, SIZE))
+    located = evaluation.localization_maps(maps, grids, seen.logits.joint.argmax(1), (SIZE, SIZE))
     found = evaluation.largest_region_box(located["discriminative"][:, 0] + located["complementary"][:, 0])
     torch.testing.assert_close(records["iou_joint"], evaluation.box_iou(found, batch["box"]))
-    assert set(summarize(records, PARTS)["localisation"]) == {"images", "joint", *BRANCHES[1:]}
+    assert set(summarize(records, PARTS)["localization"]) == {"images", "joint", *BRANCHES[1:]}
 
 
 @pytest.mark.parametrize("options", [dict(branches="O"), dict(attention="response"), dict(attention="saliency")])
@@ -516,7 +516,7 @@ def test_models_without_peaks_have_no_figures_of_peaks(options):
     records = measure_batch(create_model(**options), birds_batch())
     figures = summarize(records, PARTS)
     assert not {"peaks", "hits"} & set(figures)
-    assert figures["localisation"]["joint"]["iou"] is not None
+    assert figures["localization"]["joint"]["iou"] is not None
     assert ("magnification" in figures) == ("attention" in options)
     assert figures["parts"]["images"] is None
     assert "strongest" not in figures["parts"]["names"]["beak"]
@@ -576,7 +576,7 @@ def test_what_does_not_exist_is_null():
                 background_discriminative=tensor([1.0]))
     figures = summarize(records_of([[1.0, 0]], [0], **none, **more))
     assert figures["hits"] == dict(images=0, rate=None, mean=None, histogram=[])
-    assert figures["localisation"]["joint"]["accuracy"] is None
+    assert figures["localization"]["joint"]["accuracy"] is None
     assert figures["magnification"]["discriminative"]["object"] == dict(mean=None, median=None, images=0)
     assert figures["calibration"]["nll_calibrated"] is None
     assert json.dumps(figures, allow_nan=False)
@@ -745,7 +745,7 @@ def plain(tmp_path_factory):
 def test_a_plain_model_is_measured(plain, run, tmp_path, capsys):
     figures = run(plain, "--num-images", 7, "--batch-size", 4, "--img-size", SIZE)["measures"]
     assert set(figures["accuracy"]) == {"joint"}
-    assert not {"peaks", "hits", "localisation", "magnification"} & set(figures)
+    assert not {"peaks", "hits", "localization", "magnification"} & set(figures)
     columns = set(read_csv(tmp_path / "out" / "predictions.csv")[0])
     assert columns == {"index", "label", "prediction", "probability", "correct_joint"}
     assert "figure 6" not in capsys.readouterr().out

@@ -78,7 +78,7 @@ def test_transform_points_finds_a_marked_pixel_again(height, width, x, y, img_si
     assert seen.shape == size
     px, py = points[0, 0].tolist()
     assert kept.item() == (0 <= px <= size[1] and 0 <= py <= size[0])
-    # the mark with its blur must lie within the input whole, else its centre of mass is not its centre
+    # the mark with its blur must lie within the input whole, else its center of mass is not its center
     reach = 1.5 + 3 * max(size[0] / height, size[1] / width, 1) / 0.7
     if reach <= px <= size[1] - reach and reach <= py <= size[0] - reach:
         ys, xs = torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5
@@ -131,7 +131,7 @@ def test_transform_rejects_wrong_arguments():
 # peaks
 
 
-def test_peak_pixels_lie_on_pixel_centres():
+def test_peak_pixels_lie_on_pixel_centers():
     pixels = evaluation.peak_pixels((3, 2), (5, 9))
     assert pixels.shape == (3, 2, 2)
     assert pixels[:, 0].tolist() == [[0.5, 0.5], [0.5, 2.5], [0.5, 4.5]]
@@ -322,7 +322,7 @@ def test_point_magnification_reads_the_map():
         evaluation.box_magnification(grid, torch.zeros(1, 4))
 
 
-# localisation
+# localization
 
 
 def test_largest_region_by_hand():
@@ -345,15 +345,15 @@ def test_largest_region_by_hand():
         evaluation.largest_region_box(maps, threshold=20)
 
 
-def test_box_iou_and_localisation_by_hand():
+def test_box_iou_and_localization_by_hand():
     boxes = tensor([[0.0, 0, 4, 2], [0, 0, 2, 2], [0, 0, 2, 2], [0, 0, 0, 0], [0, 0, 2, 2]])
     others = tensor([[2.0, 0, 4, 2], [1, 1, 3, 3], [2, 2, 4, 4], [0, 0, 0, 0], [0, 0, 2, 2]])
     assert_close(evaluation.box_iou(boxes, others), [0.5, 1 / 7, 0, 0, 1])
     correct = tensor([True, True, True, True, False])
     iou = evaluation.box_iou(boxes, others)
-    assert evaluation.localisation_accuracy(iou, correct).item() == pytest.approx(0.2)
-    assert evaluation.localisation_accuracy(iou, correct, 0.1).item() == pytest.approx(0.4)
-    assert evaluation.localisation_accuracy(iou[:0], correct[:0]).isnan()
+    assert evaluation.localization_accuracy(iou, correct).item() == pytest.approx(0.2)
+    assert evaluation.localization_accuracy(iou, correct, 0.1).item() == pytest.approx(0.4)
+    assert evaluation.localization_accuracy(iou[:0], correct[:0]).isnan()
 
 
 @settings(max_examples=30, deadline=None)
@@ -367,27 +367,27 @@ def test_box_iou_is_torchvisions(values):
     assert_close(evaluation.box_iou(boxes, others), box_iou(boxes, others).diagonal(), atol=1e-4)
 
 
-def test_localisation_maps_add_the_chosen_class():
+def test_localization_maps_add_the_chosen_class():
     maps = {"original": torch.zeros(2, 3, 4, 4), "discriminative": torch.zeros(2, 3, 4, 4)}
     maps["original"][0, 1], maps["original"][1, 2] = 1.0, 2.0
     maps["discriminative"][0, 1], maps["discriminative"][1, 2] = 10.0, 20.0
     zoom = identity((33, 33), 2) / 2
-    located = evaluation.localisation_maps(maps, {"discriminative": zoom}, tensor([1, 2]), (33, 33))
+    located = evaluation.localization_maps(maps, {"discriminative": zoom}, tensor([1, 2]), (33, 33))
     assert_close(located["discriminative"][:, 0, 16, 16], [10.0, 20.0])
     total = located["joint"][:, 0]
     assert_close(total[:, 16, 16], [11.0, 22.0])
     assert_close(total[:, 2, 2], [1.0, 2.0])
-    # a normalised constant map is 0
+    # a normalized constant map is 0
     ramp = torch.linspace(-3, 5, 4).expand(2, 3, 4, 4)
-    located = evaluation.localisation_maps({"original": ramp}, {}, tensor([0, 0]), (7, 7))
+    located = evaluation.localization_maps({"original": ramp}, {}, tensor([0, 0]), (7, 7))
     assert_close(located["joint"][:, 1, 3], torch.linspace(0, 1, 7).expand(2, 7))
     with pytest.raises(ValueError, match="at least one branch"):
-        evaluation.localisation_maps({}, {}, tensor([0, 0]), (7, 7))
+        evaluation.localization_maps({}, {}, tensor([0, 0]), (7, 7))
     with pytest.raises(ValueError, match="'discriminative'"):
-        evaluation.localisation_maps(maps, {"discriminative": zoom}, tensor([1, 2]), (32, 33))
+        evaluation.localization_maps(maps, {"discriminative": zoom}, tensor([1, 2]), (32, 33))
 
 
-def test_localisation_of_what_a_model_saw():
+def test_localization_of_what_a_model_saw():
     torch.manual_seed(0)
     model = S3N("test_resnet", num_classes=4, grid_size=9).eval()
     images = torch.rand(2, 3, 64, 64)
@@ -395,7 +395,7 @@ def test_localisation_of_what_a_model_saw():
         seen = model.explain(images)
     grids = {name: getattr(seen.sample, name).grid for name in ("discriminative", "complementary")}
     classes = seen.logits.joint.argmax(1)
-    total = evaluation.localisation_maps(seen.maps, grids, classes, (64, 64))["joint"][:, 0]
+    total = evaluation.localization_maps(seen.maps, grids, classes, (64, 64))["joint"][:, 0]
     assert total.shape == (2, 64, 64)
     assert total.isfinite().all()
     boxes = evaluation.largest_region_box(total)
@@ -421,7 +421,7 @@ def test_attention_at_a_part_of_a_bird_is_found_there(birds, part):
     assert kept.all()
     assert visible.all()
     parts = torch.cat([points, visible[..., None]], dim=-1)
-    # a response that falls off from the part; the grid is fine enough to tell neighbours
+    # a response that falls off from the part; the grid is fine enough to tell neighbors
     grid_size = (47, 47)
     cells = evaluation.peak_pixels(grid_size, (96, 96))
     distance = (cells - points[:, part, None, None]).norm(dim=-1)

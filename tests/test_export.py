@@ -393,12 +393,12 @@ def test_int8_accuracy_is_that_of_the_labelled_images(finished, saved):
 
 
 def test_int8_of_linear_layers(export_onnx, tmp_path):
-    """dynamic: a model of convolutions and linear layers has the linear ones quantised alone."""
+    """dynamic: a model of convolutions and linear layers has the linear ones quantized alone."""
     from support import quantization
 
     model, path, side = export_onnx("test_convnext")
     images = birds(3, side)
-    sentence = quantization.quantise(path, tmp_path / "int8.onnx", "dynamic", None)
+    sentence = quantization.quantize(path, tmp_path / "int8.onnx", "dynamic", None)
     operations = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]
     assert "ConvInteger" not in operations
     done, total = map(int, re.search(r"(\d+) of (\d+) layers", sentence).groups())

@@ -197,7 +197,7 @@ def test_every_response_has_peaks_and_maps(response):
 
 
 @relaxed
-@given(data=st.data(), mode=st.sampled_from(PARTITION_MODES), gate=st.sampled_from(["paper", "renormalised"]))
+@given(data=st.data(), mode=st.sampled_from(PARTITION_MODES), gate=st.sampled_from(["paper", "renormalized"]))
 def test_every_map_warps(data, mode, gate):
     batch, classes = data.draw(st.integers(0, 2)), data.draw(st.integers(1, 7))
     maps = data.draw(floats(batch, classes, data.draw(sides), data.draw(sides)))

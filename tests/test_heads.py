@@ -177,8 +177,8 @@ def image(model, batch=2):
     return torch.randn(batch, *size, generator=torch.Generator().manual_seed(1))
 
 
-def randomise(module):
-    """Parameters and statistics that no initialisation would hide: norms that scale and shift, biases not zero."""
+def randomize(module):
+    """Parameters and statistics that no initialization would hide: norms that scale and shift, biases not zero."""
     generator = torch.Generator().manual_seed(2)
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if not tensor.is_floating_point():
@@ -217,7 +217,7 @@ def case(request):
     # an untrained network may let its signal die away: noise keeps positions and channels apart
     features = features + torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
     for path in head.modules:
-        randomise(model.get_submodule(path))
+        randomize(model.get_submodule(path))
     return Case(row, model, head, features, head.to_map(features, x.shape[-2:]))
 
 
@@ -338,7 +338,7 @@ def test_inputs_that_are_not_square(key, turned):
     model = build(row._replace(size=None), pretrained_cfg_overlay=dict(input_size=(3, *size)), img_size=size)
     head = inspect_head(model)
     for path in head.modules:
-        randomise(model.get_submodule(path))
+        randomize(model.get_submodule(path))
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         features = head.to_map(model.forward_features(x), size)

@@ -430,7 +430,7 @@ def test_config_that_is_none(folder, text):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ("model_args.colour", "red", "s3n has no argument colour: see help"),
+        ("model_args.color", "red", "s3n has no argument color: see help"),
         ("model_args.pretrained_strict", False, "no argument pretrained_strict"),
         ("model_args.pretrained_filter_fn", "x", "no argument pretrained_filter_fn"),
         ("model_args.checkpoint_path", "/etc/passwd", "no argument checkpoint_path|multiple values"),

@@ -29,7 +29,7 @@ from s3n_timm.hub.download import verified_cfg
 
 LABELS = ["a wren", "a | bar", "schön"]
 DATA = dict(input_size=(3, 64, 64), crop_pct=0.9)
-ARGUMENTS = dict(preset="original", branches="O+D+C", grid_size=9, fwhm=5.0, window=5, gate="renormalised")
+ARGUMENTS = dict(preset="original", branches="O+D+C", grid_size=9, fwhm=5.0, window=5, gate="renormalized")
 RECIPE = dict(
     dataset="birds",
     seed=31,
@@ -577,7 +577,7 @@ def test_card_of_nothing_but_the_model():
 
 def test_card_of_what_was_not_measured(results):
     measured = json.loads(results.read_text())
-    for key in ("boxes", "hits", "localisation", "magnification", "parts"):
+    for key in ("boxes", "hits", "localization", "magnification", "parts"):
         measured["measures"].pop(key, None)
     table = cells(section(model_card(build(), results=measured).content, "Results"))
     assert table["hit rate, % (paper's table 1)"] == "not measured"

@@ -81,7 +81,7 @@ def test_new_classifiers_for_another_number_of_classes(folder):
         ("", "no config"),
         ("a/b/c", "no such folder"),
         ("hf-hub:a/b@c@d", "USER/NAME"),
-        ("here/misspelt", "no such folder"),
+        ("here/misspelled", "no such folder"),
         ("here", "no config"),
         ("s3n_resnet19", "no such folder"),
     ],

@@ -18,10 +18,10 @@ def smoothed(output, target, epsilon):
     """-Σ_c t_c ln p_c with 1 - ε on the true class and ε / (C - 1) on every other, one number at a time."""
     total = 0.0
     for row, label in zip(output, target.tolist()):
-        log_normaliser = row.exp().sum().log()
+        log_normalizer = row.exp().sum().log()
         for c, score in enumerate(row):
             share = 1 - epsilon if c == label else epsilon / (len(row) - 1)
-            total = total - share * (score - log_normaliser)
+            total = total - share * (score - log_normalizer)
     return total / len(output)
 
 

@@ -130,7 +130,7 @@ LABELS = ("--dataset", "multi-label", "--recipe", "birds", "--data-dir")
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
+def labeled(tmp_path_factory):
     """A data set of several labels an image, and a run on it."""
     root = tmp_path_factory.mktemp("labels")
     data = write_labels(root / "data", dict(train=64, val=16, test=24))
@@ -139,8 +139,8 @@ def labelled(tmp_path_factory):
     return data, root / "run", text
 
 
-def test_several_labels_are_learned_and_judged_by_average_precision(labelled):
-    _, output, text = labelled
+def test_several_labels_are_learned_and_judged_by_average_precision(labeled):
+    _, output, text = labeled
     results = json.loads((output / "results.json").read_text())
     assert results["test_map"]["best"]["mean"] > 90
     assert set(results["test_map"]["best"]) == {*S3NLogits._fields, "mean"}
@@ -148,8 +148,8 @@ def test_several_labels_are_learned_and_judged_by_average_precision(labelled):
     assert "top-1" not in text
 
 
-def test_a_trained_model_gives_each_label_a_probability_of_its_own(labelled):
-    data, output, _ = labelled
+def test_a_trained_model_gives_each_label_a_probability_of_its_own(labeled):
+    data, output, _ = labeled
     for kind in ("best", "backbone"):
         for model in (load_model(output / kind), timm.create_model(f"local-dir:{output / kind}", pretrained=True)):
             classifier = Classifier(model)
@@ -168,16 +168,16 @@ def test_a_trained_model_gives_each_label_a_probability_of_its_own(labelled):
     assert Classifier(load_model(output / "again")).multi_label
 
 
-def test_plain_models_learn_several_labels_too(labelled, tmp_path):
-    data, _, _ = labelled
+def test_plain_models_learn_several_labels_too(labeled, tmp_path):
+    data, _, _ = labeled
     text = train(*LABELS, data, "--plain", "--epochs", 1, "--mixup", 0.4, "--val-fraction", 0.2,
                  "--smoothing", 0.1, "--output", tmp_path / "run")
     assert "val mAP %" in text
     assert Classifier(load_model(tmp_path / "run" / "best")).multi_label
 
 
-def test_predict_gives_the_sigmoid_scores(labelled, tmp_path):
-    data, output, _ = labelled
+def test_predict_gives_the_sigmoid_scores(labeled, tmp_path):
+    data, output, _ = labeled
     call("predict.py", output / "best", data / "test" / "images", "--output", tmp_path / "rows", "--format", "jsonl",
          "--workers", 0, "--cpu-threads", 1)
     (shard,) = (tmp_path / "rows").glob("shard-*")
@@ -191,8 +191,8 @@ def test_predict_gives_the_sigmoid_scores(labelled, tmp_path):
     assert row["entropy"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_evaluate_measures_average_precision(labelled, tmp_path):
-    data, output, _ = labelled
+def test_evaluate_measures_average_precision(labeled, tmp_path):
+    data, output, _ = labeled
     args = ("--dataset", "multi-label", "--data-dir", data, "--cpu-threads", 1, "--workers", 0, "--output", tmp_path)
     text = call("evaluate.py", output / "best", *args)
     assert "Mean average precision" in text

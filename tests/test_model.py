@@ -254,7 +254,7 @@ def test_neck_is_the_originals():
 @pytest.mark.parametrize(
     "backbone", ["test_resnet", "test_convnext", "test_vit4", "test_mambaout", "mobilenetv3_small_050", "shvit_s1"]
 )
-@pytest.mark.parametrize("options", [{}, dict(threshold=0.9, topk=3, gate="renormalised")])
+@pytest.mark.parametrize("options", [{}, dict(threshold=0.9, topk=3, gate="renormalized")])
 def test_merged_response_is_that_of_the_full_maps(backbone, gate_scores, options):
     model = build(backbone, num_classes=12, gate_scores=gate_scores, grid_size=(9, 12), **options)
     sharp = model.backbone.get_submodule(model.head.classifier)
@@ -269,7 +269,7 @@ def test_merged_response_is_that_of_the_full_maps(backbone, gate_scores, options
         scores = resize_maps(maps, (9, 12)).mean((2, 3)) if gate_scores == "maps" else logits
         expected = gate_response(maps, scores, **options)
         response = model.merge_response(features, logits)
-    # a bias adds the same to every position: the normalisation that follows takes it away
+    # a bias adds the same to every position: the normalization that follows takes it away
     response, expected = (r - r.mean((1, 2), keepdim=True) for r in (response, expected))
     torch.testing.assert_close(response, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
@@ -341,7 +341,7 @@ def test_classes_come_back():
 @pytest.mark.parametrize("branches", BRANCH_SETS)
 def test_explain(branches, gate_scores):
     options = dict(grid_size=(10, 14), floor=0.2, fwhm=6, window=5, peak_floor="none")
-    gate = dict(threshold=0.4, topk=3, gate="renormalised")
+    gate = dict(threshold=0.4, topk=3, gate="renormalized")
     model = build(branches=branches, gate_scores=gate_scores, **options, **gate)
     x = images(3, (64, 96))
     sample, logits, maps = model.explain(x)

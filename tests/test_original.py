@@ -227,7 +227,7 @@ def test_other_classes(tmp_path, caplog, num_classes):
         model = load_original_checkpoint(path, num_classes=num_classes)
     assert model.num_classes == num_classes
     (line,) = [record.getMessage() for record in caplog.records if record.name == "s3n_timm.original"]
-    assert f"has {CLASSES} classes, not {num_classes}; newly initialised: backbone.fc, classifier.disc" in line
+    assert f"has {CLASSES} classes, not {num_classes}; newly initialized: backbone.fc, classifier.disc" in line
     assert model.pretrained_cfg["num_classes"] == CLASSES, "the cfg tells of the weights, as timm's do"
     if num_classes:
         heads = [model.backbone.fc, model.fusion, model.classifier["discriminative"], model.classifier["complementary"]]

@@ -124,7 +124,7 @@ def test_table_holds_the_metrics_of_the_runs(trained):
         accuracy = full["accuracy"]
         assert metrics == dict(
             joint=accuracy["joint"]["top1"], O=accuracy["original"]["top1"], D=accuracy["discriminative"]["top1"],
-            C=accuracy["complementary"]["top1"], localisation=full["localisation"]["joint"]["accuracy"],
+            C=accuracy["complementary"]["top1"], localization=full["localization"]["joint"]["accuracy"],
             hit_rate=full["hits"]["rate"])
         assert rows[name]["difference"]["mean"] == pytest.approx(accuracy["joint"]["top1"] - baseline)
         assert rows[name]["difference"]["seeds"] == [0]
@@ -343,7 +343,7 @@ def test_epochs_by_hand(name, passes, of_one, of_sixty):
 
 
 def test_the_papers_figures_and_configurations():
-    tables = {name: (row.table, row.paper_top1, row.paper_localisation) for name, row in paper_tables.ROWS.items()}
+    tables = {name: (row.table, row.paper_top1, row.paper_localization) for name, row in paper_tables.ROWS.items()}
     assert tables == {
         "plain": ("–", 86.0, None), "O": ("2", 86.0, 57.7), "O+D": ("2", 87.6, 59.2), "O+C": ("2", 87.3, 56.6),
         "D+C": ("2", 87.5, 62.6), "O+D+C": ("2", 88.5, 65.2), "saliency": ("3", 85.9, None),
@@ -456,13 +456,13 @@ def test_figures_of_a_run(tmp_path):
     outputs = ("joint", "original", "discriminative", "complementary")
     measures = dict(
         accuracy={name: dict(top1=i, top5=90 + i) for i, name in enumerate(outputs)},
-        localisation={"images": 9, **{name: dict(accuracy=10 + i, iou=0.5) for i, name in enumerate(outputs)}},
+        localization={"images": 9, **{name: dict(accuracy=10 + i, iou=0.5) for i, name in enumerate(outputs)}},
         hits=dict(images=9, rate=20, mean=21),
     )
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "command.json").write_text('{"seconds": 30}')
-    expected = dict(joint=0, O=1, D=2, C=3, localisation=10, hit_rate=20, seconds=30)
-    for lacking in ((), ("localisation",), ("localisation", "hit_rate")):
+    expected = dict(joint=0, O=1, D=2, C=3, localization=10, hit_rate=20, seconds=30)
+    for lacking in ((), ("localization",), ("localization", "hit_rate")):
         found = {name: value for name, value in measures.items() if name.replace("hits", "hit_rate") not in lacking}
         (tmp_path / "evaluation" / "results.json").write_text(json.dumps(dict(measures=found)))
         assert read_metrics(tmp_path) == expected | dict.fromkeys(lacking)

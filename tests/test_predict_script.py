@@ -122,8 +122,8 @@ def test_boxes_surround_what_is_magnified():
     q = 0.09 + torch.exp(-((x - 8).square()[:, None] + (x - 8).square()) / 8)[None]
     grid = warp_grid(q, (64, 64))
     (box,) = magnified_boxes(grid, torch.tensor([[200, 400]]), Crop((64, 64), 1.0, "squash"))
-    centre = ((box[0] + box[2]) / 2 / 400, (box[1] + box[3]) / 2 / 200)
-    assert centre == pytest.approx((8 / 30, 8 / 30), abs=0.08)
+    center = ((box[0] + box[2]) / 2 / 400, (box[1] + box[3]) / 2 / 200)
+    assert center == pytest.approx((8 / 30, 8 / 30), abs=0.08)
     assert 0.1 < (box[2] - box[0]) / 400 < 0.6
     assert (box[2] - box[0]) / 400 == pytest.approx(((box[3] - box[1]) / 200).item(), abs=0.01)
     flat = magnified_boxes(warp_grid(torch.ones(1, 31, 31), (64, 64)), torch.tensor([[200, 400]]), Crop((64, 64)))

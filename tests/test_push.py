@@ -108,7 +108,7 @@ def test_results_for_the_card_are_those_of_evaluate(finished, resumed, tmp_path)
     assert ours.keys() == theirs.keys()
     assert ours["model"] == theirs["model"]
     assert theirs["measures"].keys() - ours["measures"].keys() <= {
-        "boxes", "hits", "localisation", "magnification", "parts"}  # of annotations
+        "boxes", "hits", "localization", "magnification", "parts"}  # of annotations
 
 
 def test_cards_of_several_labels_state_average_precision(hub, tmp_path):

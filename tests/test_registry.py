@@ -36,7 +36,7 @@ ARGUMENTS = dict(
     kernel="learned",
     threshold=0.4,
     topk=3,
-    gate="renormalised",
+    gate="renormalized",
     gate_scores="logits",
     backbone_args=dict(output_stride=16),
     scan_size=[64, 96],
@@ -143,7 +143,7 @@ def test_backbone_weights_give_features(resnet):
             torch.testing.assert_close(level, value)
 
 
-def test_log_names_what_stays_initialised(resnet, caplog):
+def test_log_names_what_stays_initialized(resnet, caplog):
     with caplog.at_level(logging.INFO, logger="s3n_timm.checkpoints"):
         load("s3n_resnet18", resnet[1], num_classes=7)
     lines = [record.getMessage() for record in caplog.records if record.name == "s3n_timm.checkpoints"]

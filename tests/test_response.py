@@ -34,7 +34,7 @@ def test_response_maps_of_a_bare_weight_by_hand():
 
 @pytest.mark.parametrize(
     ("classes", "gate", "chosen"),
-    [(200, "paper", 1), (200, "renormalised", 5), (100, "paper", 5), (100, "renormalised", 5)],
+    [(200, "paper", 1), (200, "renormalized", 5), (100, "paper", 5), (100, "renormalized", 5)],
 )
 def test_gate_on_a_network_that_knows_nothing(classes, gate, chosen):
     scores = torch.zeros(2, classes)
@@ -49,7 +49,7 @@ def test_gate_values_named_in_the_method():
     assert oracle.gate([0.0] * 100, 0.2, "paper")[0] == pytest.approx(0.230, abs=5e-4)
 
 
-@pytest.mark.parametrize("gate", ["paper", "renormalised"])
+@pytest.mark.parametrize("gate", ["paper", "renormalized"])
 def test_sure_network_picks_its_class_and_zero_probabilities_are_no_nan(gate):
     scores = torch.full((1, 7), -1e4)
     scores[0, 3] = 1e4
@@ -76,7 +76,7 @@ def test_gate_response_of_a_sure_and_an_unsure_image():
     classes=st.integers(1, 12),
     spread=st.sampled_from([0.1, 1.0, 5.0]),
     threshold=st.sampled_from([0.05, 0.2, 1.0]),
-    gate=st.sampled_from(["paper", "renormalised"]),
+    gate=st.sampled_from(["paper", "renormalized"]),
 )
 def test_gate_agrees_with_the_oracle(seed, classes, spread, threshold, gate):
     scores = torch.randn(1, classes, generator=torch.Generator().manual_seed(seed)) * spread

@@ -104,7 +104,7 @@ cases = st.fixed_dictionaries(
         map_size=st.tuples(st.integers(2, 7), st.integers(2, 7)),
         levels=st.sampled_from([None, None, 1, 2, 4]),
         spread=st.sampled_from([0.3, 2.0, 8.0]),
-        gate=st.sampled_from(["paper", "renormalised"]),
+        gate=st.sampled_from(["paper", "renormalized"]),
         threshold=st.sampled_from([0.2, 1.0]),
         window=st.sampled_from([1, 3, 5]),
         peak_floor=st.sampled_from(["mean", "none"]),
@@ -230,7 +230,7 @@ def test_a_narrow_kernel_hardly_moves_anything_and_attention_magnifies():
     size = (21, 21)
     assert_near(warp_grid(q, size, fwhm=0.2), identity(1, size), 1e-6)
     x = warp_grid(q, size)[0, 10, :, 0]
-    # around the peak neighbours read from places that lie closer together: the peak grows
+    # around the peak neighbors read from places that lie closer together: the peak grows
     assert (x[11] - x[9]).item() < 0.8 * 2 * 2 / 20
     assert x[10].item() == pytest.approx(0, abs=1e-6)
 
@@ -364,7 +364,7 @@ def test_response_attention_takes_the_response_for_density():
     maps, images = torch.randn(1, 6, 5, 5, generator=seeded(0)), smooth_images(1, (12, 10))
     sure = 20 * F.one_hot(torch.tensor([2]), 6).float()
     out = selective_sample(images, maps, sure, mode="all", attention="response", **SMALL)
-    density = 0.09 + oracle.normalise(oracle.resize(maps[0, 2].double().numpy(), (9, 9)))
+    density = 0.09 + oracle.normalize(oracle.resize(maps[0, 2].double().numpy(), (9, 9)))
     grid = oracle.resize_grid(oracle.warp(density, oracle.gaussian((9, 9), 4)), (12, 10))
     assert_near(out.discriminative.sampling_map[0], density, 1e-5)
     assert_near(out.discriminative.grid[0], grid, 1e-4)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of support/
 
 import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 from experiments.runner import EXAMPLES, Run, RunError, execute, exit_on_signals, is_done, refuse_difference
-from experiments.tables import print_table, read_metrics, summarise_runs, write_table
+from experiments.tables import print_table, read_metrics, summarize_runs, write_table
 from support.arguments import FREE_TO_CHANGE
 from support.arguments import parse_args as parse_train_args
 from support.loaders import count_test_birds
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
     table: str
     paper_top1: float
-    paper_localisation: float | None
+    paper_localization: float | None
     options: dict[str, Any]
 
 
@@ -175,7 +175,7 @@ def tabulate(plan: dict[str, list[Run]]) -> list[dict[str, Any]]:
         if done[trained]:
             epochs = plan[trained][0].settings["epochs"]
             budget = dict(run=trained, passes_a_step=passes, epochs=epochs, passes=passes * epochs)
-            summary = summarise_runs(done[trained], {} if trained == "plain" else done["plain"])
+            summary = summarize_runs(done[trained], {} if trained == "plain" else done["plain"])
             table.append(dict(row=name, **row._asdict(), **budget, **summary))
     return table
 

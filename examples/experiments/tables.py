@@ -96,7 +96,7 @@ METRICS = dict(
     O=("accuracy", "original", "top1"),
     D=("accuracy", "discriminative", "top1"),
     C=("accuracy", "complementary", "top1"),
-    localisation=("localisation", "joint", "accuracy"),
+    localization=("localization", "joint", "accuracy"),
     hit_rate=("hits", "rate"),
 )
 PAPER_HEADER = ("table", "row", "paper", "passes × epochs", "seeds", "joint", "O", "D", "C", "paper loc. %", "loc. %",
@@ -141,7 +141,7 @@ def compare_folders(folders: Mapping[int, Path], baselines: Mapping[int, Path]) 
     return compare(*({seed: right for seed, (_, right) in each.items()} for each in (ours, theirs)))
 
 
-def summarise_runs(folders: Mapping[int, Path], baselines: Mapping[int, Path]) -> dict[str, Any]:
+def summarize_runs(folders: Mapping[int, Path], baselines: Mapping[int, Path]) -> dict[str, Any]:
     """Metrics of a row's runs, by seed, and its difference from the baseline."""
     each = [read_metrics(folder) for folder in folders.values()]
     metrics = {name: spread([of_run[name] for of_run in each]) for name in each[0]}
@@ -152,9 +152,9 @@ def format_row(row: dict[str, Any]) -> list[str]:
     metrics, difference = row["metrics"], row["difference"]
     interval = "" if difference is None else "{:+.1f} to {:+.1f}".format(*difference["interval"])
     top1 = [show(metrics[name]) for name in ("joint", "O", "D", "C")]
-    located = "" if row["paper_localisation"] is None else str(row["paper_localisation"])
+    located = "" if row["paper_localization"] is None else str(row["paper_localization"])
     return [row["table"], row["row"], str(row["paper_top1"]), f"{row['passes_a_step']} × {row['epochs']}",
-            str(len(row["seeds"])), *top1, located, show(metrics["localisation"]), show(metrics["hit_rate"]),
+            str(len(row["seeds"])), *top1, located, show(metrics["localization"]), show(metrics["hit_rate"]),
             show(metrics["seconds"], ".0f"), show(difference, "+.1f"), interval]
 
 
@@ -164,7 +164,7 @@ def write_table(rows: list[dict[str, Any]], output: Path) -> None:
 
     lines = []
     for row in rows:
-        kept = ("table", "row", "paper_top1", "paper_localisation", "passes_a_step", "epochs", "passes")
+        kept = ("table", "row", "paper_top1", "paper_localization", "passes_a_step", "epochs", "passes")
         line = {key: row[key] for key in kept} | dict(seeds=len(row["seeds"]))
         for name, value in dict(row["metrics"], difference=row["difference"] or dict(mean=None, sd=None)).items():
             line |= {f"{name}_{key}": value[key] for key in ("mean", "sd")}
@@ -191,7 +191,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 IMAGES = 1500  # that every row trains on
 BASELINES = ("plain", "plain-18", "plain-288")  # equal epochs, equal training compute, equal cost of an image
-# names of points that have a neighbour on their right: on which side of the point they stand instead, (x, y)
+# names of points that have a neighbor on their right: on which side of the point they stand instead, (x, y)
 SIDES = {"plain-224": (0, 1), "plain-288": (0, 1), "plain-288-18": (0, 1), "focus-exit": (0, -1),
          "focus-224-exit": (0, -1), "cascade-exit": (0, 1), "exit-18": (-1, 0), "focus-224-18-exit": (-1, 0)}
 HEADER = ("row", "what", "epochs", "px", "passes an image", "images/s", "training min", "seeds", "top-1 %", "joint",
@@ -271,7 +271,7 @@ def format_rows(runs: Runs, speed: Speed) -> list[list[str]]:
         outputs = [show(spread([(of_run["accuracy"].get(output) or {}).get("top1") for of_run in measures]))
                    for output in OUTPUTS]
         hits = show(spread([(of_run.get("hits") or {}).get("rate") for of_run in measures]))
-        located = [(of_run.get("localisation") or {}).get("joint", {}).get("accuracy") for of_run in measures]
+        located = [(of_run.get("localization") or {}).get("joint", {}).get("accuracy") for of_run in measures]
         lines.append([*describe(name, of_row, speed), *outputs, hits, show(spread(located)),
                       *(compare_rows(of_row, runs.get(baseline, {})) for baseline in BASELINES)])
     return lines

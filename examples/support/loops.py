@@ -20,7 +20,7 @@ def draw_peaks(batch: int, peaks: int, device: torch.device) -> Tensor:
     for image in response:
         y, x = free[torch.randperm(len(free), generator=generator)[:peaks]].unbind(1)
         image[y, x] = 0.3 + 0.6 * torch.rand(peaks, generator=generator)
-        image[y[:1], x[:1]] = 1  # so that normalising leaves all as they are
+        image[y[:1], x[:1]] = 1  # so that normalizing leaves all as they are
     return response.to(device)
 
 

@@ -1,12 +1,12 @@
-"""int8 for export.py: which layers of an ONNX model are quantised, how, and what that costs in accuracy.
+"""int8 for export.py: which layers of an ONNX model are quantized, how, and what that costs in accuracy.
 
-Only what belongs to a module of the network is quantised: its convolutions and linear layers. The sampling stage (the
+Only what belongs to a module of the network is quantized: its convolutions and linear layers. The sampling stage (the
 merging of maps, peaks, attention, warp) is computed outside all modules and stays in float32, where a rounded response
 would move peaks.
 
-`dynamic` quantises linear layers alone and finds each activation's range when it runs. ONNX Runtime has convolutions
+`dynamic` quantizes linear layers alone and finds each activation's range when it runs. ONNX Runtime has convolutions
 of that kind (ConvInteger), but on a CPU they took 2.6 times as long as float32 ones and cost accuracy, so convolutions
-stay as they are. `static` quantises both, with ranges found beforehand on calibration images.
+stay as they are. `static` quantizes both, with ranges found beforehand on calibration images.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Images(CalibrationDataReader):
         return None if row is None else {"image": row[None]}
 
 
-def load_labelled(
+def load_labeled(
         args: argparse.Namespace,
         split: str,
         count: int | None,
@@ -72,7 +72,7 @@ def load_labelled(
 
 
 class Int8Data(NamedTuple):
-    """Preprocessed images: what calibrates int8, where that is done, and labelled ones that measure it."""
+    """Preprocessed images: what calibrates int8, where that is done, and labeled ones that measure it."""
 
     calibration: Tensor | None
     images: Tensor
@@ -87,8 +87,8 @@ def load_int8_data(args: argparse.Namespace, num_classes: int, read: Callable[[A
     """
     calibration = None
     if args.int8 == "static":
-        calibration, _ = load_labelled(args, "train", args.num_calibration, num_classes, read)
-    return Int8Data(calibration, *load_labelled(args, "test", args.num_test, num_classes, read))
+        calibration, _ = load_labeled(args, "train", args.num_calibration, num_classes, read)
+    return Int8Data(calibration, *load_labeled(args, "test", args.num_test, num_classes, read))
 
 
 def list_nodes(model: onnx.ModelProto, kinds: tuple[str, ...]) -> list[str]:
@@ -162,7 +162,7 @@ def _replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     graph.initializer.extend(constants)
 
 
-def count_quantised(model: onnx.ModelProto) -> int:
+def count_quantized(model: onnx.ModelProto) -> int:
     """Layers that compute with integers, or stand between the conversions that let a runtime do so."""
     makers = {output: node.op_type for node in model.graph.node for output in node.output}
 
@@ -173,7 +173,7 @@ def count_quantised(model: onnx.ModelProto) -> int:
     return kinds["MatMulInteger"] + sum(kinds[kind] for kind in LAYERS)
 
 
-def quantise(source: Path, target: Path, kind: str, calibration: Tensor | None) -> str:
+def quantize(source: Path, target: Path, kind: str, calibration: Tensor | None) -> str:
     """Write an int8 model, under a temporary name until it is whole, and say in a sentence what it holds."""
     model = onnx.load(source)
     fold_transposes(model)
@@ -181,7 +181,7 @@ def quantise(source: Path, target: Path, kind: str, calibration: Tensor | None) 
     nodes = list_nodes(model, LINEAR) if kind == "dynamic" else layers
     if not nodes:
         raise ValueError("--int8 dynamic is for linear layers, of which this model has none: use --int8 static.")
-    nodes = [*nodes, *(f"{name}_MatMul" for name in nodes)]  # what ONNX Runtime makes of a Gemm before it quantises it
+    nodes = [*nodes, *(f"{name}_MatMul" for name in nodes)]  # what ONNX Runtime makes of a Gemm before it quantizes it
     with replacing_file(target) as partial, _quiet():
         if kind == "dynamic":
             quantize_dynamic(
@@ -205,9 +205,9 @@ def quantise(source: Path, target: Path, kind: str, calibration: Tensor | None) 
                 weight_type=QuantType.QInt8,
                 per_channel=True,
             )
-        quantised = count_quantised(onnx.load(partial))
+        quantized = count_quantized(onnx.load(partial))
     rest = "convolutions and the sampling stage stay" if kind == "dynamic" else "the sampling stage stays"
-    return f"int8 ({kind}): {quantised} of {len(layers)} layers quantised; {rest} in float32."
+    return f"int8 ({kind}): {quantized} of {len(layers)} layers quantized; {rest} in float32."
 
 
 def top1(run: Run, images: Tensor, labels: Tensor) -> float:
@@ -222,9 +222,9 @@ def export_int8(
         args: argparse.Namespace,
         console: Console,
 ) -> dict[str, Any]:
-    """Write model.int8.onnx and measure it beside model.onnx on labelled images that did not calibrate it."""
+    """Write model.int8.onnx and measure it beside model.onnx on labeled images that did not calibrate it."""
     calibration, images, labels = data
-    sentence = quantise(args.output / "model.onnx", args.output / "model.int8.onnx", args.int8, calibration)
+    sentence = quantize(args.output / "model.onnx", args.output / "model.int8.onnx", args.int8, calibration)
     console.print(sentence, highlight=False)
     result: dict[str, Any] = dict(kind=args.int8, dataset=args.dataset, images=len(images), note=sentence)
     table = Table("ONNX model", "top-1 %", "MB", title=f"{len(images)} test images of {args.dataset}")

@@ -33,14 +33,14 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         count = SumOverProcesses.apply(wide.new_tensor([wide.numel() / wide.shape[1]]))
         mean = SumOverProcesses.apply(wide.sum((0, 2, 3))) / count
         # about the mean, in a second round: the difference of large squares would lose float32's digits
-        centred = wide - mean[:, None, None]
-        var = SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
+        centered = wide - mean[:, None, None]
+        var = SumOverProcesses.apply(centered.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         scale = (var + self.eps).rsqrt() * self.weight
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class CpuSyncBatchNormAct(BatchNormAct2d):

@@ -2,7 +2,7 @@
 
 Pose, scale, place, plumage and background are drawn at random whatever the class. Only a few small parts tell it: class
 k gives two or three parts a fixed look each, and these looks together spell k. The other parts, and the berries strewn
-over the background, take their looks from the same list at random, so the colours in an image tell nothing: what counts
+over the background, take their looks from the same list at random, so the colors in an image tell nothing: what counts
 is which part wears them.
 """
 
@@ -25,7 +25,7 @@ DIAGNOSTIC_PARTS = ("beak", "wing bar", "crown")
 
 _BLACK = (34, 30, 32)
 _COLORS = {"yellow": (246, 200, 34), "red": (214, 44, 36), "blue": (44, 98, 214), "white": (242, 240, 232)}
-# The colours of a part's two halves, such as the base and the tip of the beak.
+# The colors of a part's two halves, such as the base and the tip of the beak.
 LOOKS = {name: (color, color) for name, color in _COLORS.items()} | {
     f"{name}-black": (color, _BLACK) for name, color in _COLORS.items()
 }
@@ -43,7 +43,7 @@ class Bird(NamedTuple):
     image: Image.Image  # RGB, size × size
     label: int
     box: tuple[float, float, float, float]  # x0, y0, x1, y1 around the whole bird
-    parts: dict[str, tuple[float, float, float]]  # x, y of the part's centre and visible, always 1; in PARTS order
+    parts: dict[str, tuple[float, float, float]]  # x, y of the part's center and visible, always 1; in PARTS order
 
 
 class _Shape(NamedTuple):
@@ -129,7 +129,7 @@ def _lens(start: np.ndarray, end: np.ndarray, width: float) -> np.ndarray:
 
 
 def _random_color(rng: np.random.Generator, low: Sequence[float], high: Sequence[float]) -> np.ndarray:
-    """RGB colour (0 to 255, float) from uniform hue, saturation and value in [low, high)."""
+    """RGB color (0 to 255, float) from uniform hue, saturation and value in [low, high)."""
     return np.array(colorsys.hsv_to_rgb(*rng.uniform(low, high))) * 255
 
 
@@ -285,7 +285,7 @@ def _examples(
     for index in (index for start in starts for index in range(start, min(start + _SHARD, num_images))):
         bird = draw_bird(np.random.default_rng((seed, stream, index)), index % num_classes, num_classes, size)
         file = io.BytesIO()
-        bird.image.save(file, "JPEG", quality=92, subsampling=0)  # full colour resolution: the parts are small
+        bird.image.save(file, "JPEG", quality=92, subsampling=0)  # full color resolution: the parts are small
         image = {"bytes": file.getvalue(), "path": None}
         yield {"image": image, "label": bird.label, "box": bird.box, "parts": bird.parts}
 

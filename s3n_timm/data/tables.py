@@ -95,7 +95,7 @@ def _two_columns(
         raise ValueError(f"Column {image_column!r} of {source} has the type {feature}; it must hold images.")
     names, index = _class_index(splits, source, split, label_column)
     if not names:
-        raise ValueError(f"{source} has no labelled image in the split 'train'; add some.")
+        raise ValueError(f"{source} has no labeled image in the split 'train'; add some.")
     features = recognition_features(names)
 
     where = f"{source}, split {split!r}"

@@ -26,7 +26,7 @@ from .labels import (
     measure_labels,
     summarize_labels,
 )
-from .localisation import box_iou, largest_region_box, localisation_accuracy, localisation_maps
+from .localization import box_iou, largest_region_box, localization_accuracy, localization_maps
 from .peaks import count_hits, hit_histogram, hit_rate, nearest_parts
 from .records import (
     CALIBRATION,
@@ -82,8 +82,8 @@ __all__ = [
     "insertion_curve",
     "invert_warp",
     "largest_region_box",
-    "localisation_accuracy",
-    "localisation_maps",
+    "localization_accuracy",
+    "localization_maps",
     "magnification",
     "magnified_boxes",
     "mean_average_precision",

@@ -15,14 +15,14 @@ from torchvision.transforms.functional import gaussian_blur  # type: ignore[impo
 from ..heads import inspect_head
 from ..model import S3N
 from ..response import resize_maps
-from .localisation import localisation_maps
+from .localization import localization_maps
 from .warps import resize_grid
 
 STEPS = 16
 METHOD = (
     "RISE's deletion and insertion: area under the probability of the predicted class while the pixels of the image "
     "that the branch reads, those of the highest response first, are replaced by each channel's mean in the "
-    "model's normalisation, or replace those of a blurred copy (standard deviation a tenth of its shorter side), in "
+    "model's normalization, or replace those of a blurred copy (standard deviation a tenth of its shorter side), in "
     f"{STEPS} equal steps; the sum of all maps is tested on the input, read by the whole model with its warps made "
     "anew; random map: random values in the map's cells, resized as the map is"
 )
@@ -110,13 +110,13 @@ def replacement_curve(
 def deletion_curve(
         classify: Classify, images: Tensor, importance: Tensor, classes: Tensor, steps: int = STEPS, **kwargs: Any,
 ) -> Tensor:
-    """Probability of a class while the most important pixels are replaced by 0, the mean of normalised channels.
+    """Probability of a class while the most important pixels are replaced by 0, the mean of normalized channels.
 
     That of the image itself would bring its colors back, by which many classes can be told.
 
     Args:
         classify: as for `replacement_curve`, and so are the others.
-        images: B×3×H×W, normalised.
+        images: B×3×H×W, normalized.
         importance: B×H×W.
         classes: B class indices.
         steps: S.
@@ -206,7 +206,7 @@ def _claims_of_s3n(model: S3N, images: Tensor) -> tuple[dict[str, _Claim], Tenso
     size = (images.shape[-2], images.shape[-1])
     read = {branch: getattr(seen.sample, branch) for branch in model.warped}
     grids = {branch: resize_grid(warped.grid, size) for branch, warped in read.items()}
-    total = localisation_maps(maps, grids, classes, size)["joint"][:, 1]
+    total = localization_maps(maps, grids, classes, size)["joint"][:, 1]
     claims = dict(joint=_Claim(images, total, seen.maps["original"].shape[-2:], answer))
     for branch, of_classes in maps.items():
         branch_images = read[branch].image if branch in read else images
@@ -229,11 +229,11 @@ def measure_faithfulness(
     Each branch is tested on what its map speaks of: the image that the branch reads, which for D and C is the warped
     one, and the logits of that branch. Pixels deleted from the input would move the peaks and so change all warps,
     and tell nothing of the map of one branch. What the whole model makes of the input is tested by the sum of all maps,
-    as `localisation_maps` carries them back to it; there the warps follow.
+    as `localization_maps` carries them back to it; there the warps follow.
 
     Args:
         model: an S3N or a plain timm model that has class response maps; in eval mode.
-        images: B×3×H×W, normalised.
+        images: B×3×H×W, normalized.
         indices: B numbers of the images, see `random_importance`.
         steps: S.
         seed: of the random maps.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..model import S3N
 from ..outputs import mean_answer
 from .geometry import Crop, transform_boxes, transform_points
-from .localisation import box_iou, largest_region_box, localisation_accuracy, localisation_maps
+from .localization import box_iou, largest_region_box, localization_accuracy, localization_maps
 from .peaks import count_hits, hit_histogram, hit_rate, nearest_parts
 from .statistics import bootstrap_interval, calibration_error, fit_temperature, nll
 from .warps import background_magnification, box_magnification, magnification, resize_grid
@@ -63,7 +63,7 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
 
     Args:
         model: an S3N, or any model that gives B×C logits; in eval mode.
-        batch: `image` B×3×H×W, normalised, `label` B and `index` B; optionally what `carry_annotations` adds.
+        batch: `image` B×3×H×W, normalized, `label` B and `index` B; optionally what `carry_annotations` adds.
 
     Returns:
         Tensors of B rows. Always: `index`, `label`, `logits` B×C of the model's answer, and for that, as `answer`, and
@@ -105,7 +105,7 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
         box = batch["box"]
         # the class is the model's, also where a branch alone would choose another
         maps = {branch: of_classes for branch, of_classes in seen.maps.items() if branch in outputs}
-        located = localisation_maps(maps, grids, records["prediction_answer"], size)
+        located = localization_maps(maps, grids, records["prediction_answer"], size)
         for name, both in located.items():
             for kind, found in zip(("iou", "normalized_iou"), both.unbind(1)):
                 records[f"{kind}_{name}"] = box_iou(largest_region_box(found), box)
@@ -159,7 +159,7 @@ def summarize(
     Returns:
         A nested dict of numbers, lists and None, for a metric that does not exist, in the units of `UNITS`:
         `accuracy`, `calibration`, and where the model and the data have them `early_exit`, `peaks`, `boxes`, `hits`,
-        `localisation`, `magnification` and `parts`.
+        `localization`, `magnification` and `parts`.
 
     Raises:
         ValueError: there is no image, a logit is not finite, or the model has no O branch to exit from.
@@ -180,7 +180,7 @@ def summarize(
     if "hits" in records:
         metrics["hits"] = _hits(records)
     if "iou_joint" in records:
-        metrics["localisation"] = _localisation(records)
+        metrics["localization"] = _localization(records)
     magnified = _magnification(records)
     if magnified:
         metrics["magnification"] = magnified
@@ -282,7 +282,7 @@ def _hits(records: Records) -> dict[str, Any]:
     )
 
 
-def _localisation(records: Records) -> dict[str, Any]:
+def _localization(records: Records) -> dict[str, Any]:
     boxed = records["boxed"]
     correct = (records["prediction_answer"] == records["label"])[boxed]
     metrics: dict[str, Any] = dict(images=int(boxed.sum()))
@@ -290,7 +290,7 @@ def _localisation(records: Records) -> dict[str, Any]:
         metrics[name] = {}
         for kind in ("", "normalized_"):
             iou = records[f"{kind}iou_{name}"][boxed]
-            metrics[name][f"{kind}accuracy"] = 100 * localisation_accuracy(iou, correct).item()
+            metrics[name][f"{kind}accuracy"] = 100 * localization_accuracy(iou, correct).item()
             metrics[name][f"{kind}iou"] = _mean(iou)
     return metrics
 

@@ -50,7 +50,7 @@ def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0, 
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Find the temperature that minimises the negative log likelihood, by L-BFGS on its logarithm.
+    """Find the temperature that minimizes the negative log likelihood, by L-BFGS on its logarithm.
 
     Fit it on images that are neither trained nor tested on.
 

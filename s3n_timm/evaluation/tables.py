@@ -23,14 +23,14 @@ def result_tables(measures: Mapping[str, Any]) -> dict[str, ResultTable]:
 
     Returns:
         Tables by name, in the order in which they are read: `accuracy`, `metrics` and, where they were measured,
-        `localisation`, `faithfulness`, `early_exit`, `magnification` and `parts`. Where images have several labels,
+        `localization`, `faithfulness`, `early_exit`, `magnification` and `parts`. Where images have several labels,
         `precision` and `classes`.
     """
     if "mean_average_precision" in measures:
         return dict(precision=_precision(measures["mean_average_precision"]), classes=_classes(measures["classes"]))
     tables = dict(accuracy=_accuracy(measures["accuracy"]), metrics=_metrics(measures))
     makers = dict(
-        localisation=_localisation,
+        localization=_localization,
         faithfulness=_faithfulness,
         early_exit=_early_exit,
         magnification=_magnification,
@@ -89,14 +89,14 @@ def _metrics(measures: Mapping[str, Any]) -> ResultTable:
     return ResultTable("Calibration and peaks", ("metric", "value"), list(rows))
 
 
-def _localisation(measured: Mapping[str, Any]) -> ResultTable:
+def _localization(measured: Mapping[str, Any]) -> ResultTable:
     keys = (("accuracy", 1), ("iou", 3), ("normalized_accuracy", 1), ("normalized_iou", 3))
     rows = []
     for name, metrics in measured.items():
         if name != "images":
             rows.append((_map_name(name), *(_number(metrics[key], digits) for key, digits in keys)))
     header = ("response map of the predicted class", "accuracy %", "mean IoU", "normalized: accuracy %", "mean IoU")
-    return ResultTable("Localisation, IoU ≥ 0.5 (paper's table 2)", header, rows)
+    return ResultTable("Localization, IoU ≥ 0.5 (paper's table 2)", header, rows)
 
 
 def _map_name(name: str) -> str:

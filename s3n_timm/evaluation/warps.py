@@ -183,7 +183,7 @@ def box_magnification(grid: Tensor, boxes: Tensor) -> Tensor:
         boxes: B×4 boxes (x0, y0, x1, y1) in pixels of the input.
 
     Returns:
-        B area scales in float32; NaN for a box without a pixel's centre.
+        B area scales in float32; NaN for a box without a pixel's center.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -200,7 +200,7 @@ def background_magnification(grid: Tensor, boxes: Tensor) -> Tensor:
         boxes: B×4 boxes (x0, y0, x1, y1) in pixels of the input.
 
     Returns:
-        B area scales in float32; NaN for a box that leaves no pixel's centre.
+        B area scales in float32; NaN for a box that leaves no pixel's center.
 
     Raises:
         ValueError: the shapes do not fit.

@@ -27,7 +27,7 @@ CITATION = """@inproceedings{ding2019selective,
   booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
   year      = {2019}
 }"""
-# where a run happened, not what it learnt
+# where a run happened, not what it learned
 OF_THE_MACHINE = (
     "output", "resume", "workers", "cpu_threads", "log_with", "checkpoint_every", "checkpoint_hist",
     "push_to_hub", "push_backbone", "hub_private",

@@ -194,7 +194,7 @@ def load_model(
     Args:
         name: a folder that `save` wrote, with or without `local-dir:`; `USER/NAME` or `USER/NAME@REVISION` on the
             Hub, with or without `hf-hub:`; or a name of `timm.list_models()`, such as `s3n_resnet50`.
-        pretrained: load the weights; without them the model is newly initialised.
+        pretrained: load the weights; without them the model is newly initialized.
         token: of the Hub; that of `hf auth login` or of the variable HF_TOKEN if left out.
         cache_dir: the Hub's cache, if not the client's own.
         kwargs: further arguments of `timm.create_model`, such as `num_classes`, which makes new classifiers where the
@@ -230,7 +230,7 @@ def _find_folder(name: str | Path, token: str | None, cache_dir: str | Path | No
         if "/" not in text and timm.is_model(text):
             return None
         user = text.split("/")[0]
-        # a path that starts in a folder that is here is a misspelt path
+        # a path that starts in a folder that is here is a misspelled path
         if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[^@]+)?", text) and not Path(user).is_dir():
             return download(text, token=token, cache_dir=cache_dir)
     if not folder.is_dir():

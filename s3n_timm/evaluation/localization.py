@@ -1,4 +1,4 @@
-"""Localisation of the object by class response maps (table 2)."""
+"""Localization of the object by class response maps (table 2)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from ..response import normalize_response, resize_maps
 from .warps import carry_back
 
 
-def localisation_maps(
+def localization_maps(
         maps: Mapping[str, Tensor],
         grids: Mapping[str, Tensor],
         classes: Tensor,
@@ -104,7 +104,7 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return torch.where(union > 0, shared / union, 0)
 
 
-def localisation_accuracy(iou: Tensor, correct: Tensor, threshold: float = 0.5) -> Tensor:
+def localization_accuracy(iou: Tensor, correct: Tensor, threshold: float = 0.5) -> Tensor:
     """Share of images whose top-1 class is right and whose box is found (table 2).
 
     Args:
