@@ -10,7 +10,7 @@ import torch
 import train as script
 import yaml
 from accelerate import Accelerator
-from helpers import EXAMPLES, SMALL, call, command, largest_difference, run, train, weights
+from helpers import EXAMPLES, SMALL, Forked, call, command, largest_difference, run, train, weights
 from PIL import Image
 from safetensors.torch import load_file
 from support.arguments import RECIPES, parse_args
@@ -420,12 +420,14 @@ def test_an_unreadable_image_is_named_before_the_first_step(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_was_not_verified_and_cannot_be_read_is_named(tmp_path, workers):
+    """And the run ends: its process doesn't wait for workers that hold back its signal."""
     data = write_folder(tmp_path / "data")
     image = data / "train" / "a" / "5.png"
     Image.effect_noise((80, 70), 50).convert("RGB").save(image)
     image.write_bytes(image.read_bytes()[:3000])
     args = ("--dataset", "folder", "--data-dir", data, "--recipe", "birds", "--val-fraction", 0, "-b", 4)
-    text = train(*args, "--no-verify", "--workers", workers, "--output", tmp_path / "run", ok=False)
+    args = (*SMALL, *args, "--no-verify", "--workers", workers, "--output", tmp_path / "run")
+    text = Forked("train.py", *args).end(ok=False)
     assert f"train.py: {image} cannot be read as an image" in text
     assert "Traceback" not in text
 

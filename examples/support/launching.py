@@ -1,11 +1,13 @@
 """A script's beginning and end: processes, threads, signals, and errors that the user can mend."""
 
+import functools
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -81,18 +83,30 @@ class StopSignal:
         self.name = "Ctrl-C" if kind == signal.SIGINT else signal.Signals(kind).name
 
 
+@functools.cache
+def _kill_workers_at_exit() -> None:
+    def kill() -> None:
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()
+
+    util.Finalize(None, kill, exitpriority=0)
+
+
 @contextmanager
 def holding_signals() -> Iterator[None]:
     """Hold back the signals of `StopSignal`; processes that start within never get them.
 
     A terminal and a cluster send them to every process of a run, workers of loaders included, and this process decides
     what follows. Forked workers have its handlers; those that are spawned, or come from a fork server, have none, but
-    inherit what is held back.
+    inherit what is held back. They are killed when this process ends: multiprocessing sends them a SIGTERM, which they
+    never get, and waits.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     resource_tracker.ensure_running()  # or its start, within, would release them
+    _kill_workers_at_exit()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         yield
