@@ -88,7 +88,7 @@ def test_killed_at_random_moments_and_while_saving_it_ends_as_if_nothing_had_bee
 
 @pytest.mark.parametrize(("processes", "kind"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_saves_and_ends_cleanly(tmp_path, processes, kind):
-    args = ("--num-images", 96, "--epochs", 3, "--batch-size", 8 // processes, "--checkpoint-every", 2)
+    args = ("--num-images", 96, "--epochs", 2, "--batch-size", 8 // processes, "--checkpoint-every", 2)
     train(*args, "--output", tmp_path / "whole", processes=processes)
     output = tmp_path / "run"
     run = Forked("train.py", *SMALL, *args, "--workers", 1, "--output", output, processes=processes)
