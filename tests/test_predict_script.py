@@ -233,10 +233,10 @@ def test_bad_weights_end_in_one_sentence(photographs, predict, tmp_path):
 # workers
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_of_every_start_method(model_folder, photographs, predictions, script, tmp_path, monkeypatch, method):
+def test_workers_that_do_not_fork(model_folder, photographs, predictions, script, tmp_path, monkeypatch):
+    """test_interruption.py has training's, by spawn, the other way to start a process that shares no memory."""
     monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context",
-                        multiprocessing.get_context(method))
+                        multiprocessing.get_context("forkserver"))
     words = [model_folder, photographs, "--output", tmp_path, *FAST[:4], "--workers", 1, "--cpu-threads", 1]
     assert script.main(list(map(str, words))) == 1
     assert read(tmp_path) == read(predictions)
