@@ -381,6 +381,8 @@ def test_starts_behind_a_proxy_on_another_address_and_ends_in_order_while_it_com
     process = psutil.Process(server.process.pid)
     listening = {each.laddr.ip for each in process.net_connections() if each.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.2"}
+    with httpx.Client(trust_env=False) as visitor:
+        assert visitor.get(server.url).status_code == 200
 
     client = Client(server.url, verbose=False, analytics_enabled=False, download_files=False)
     draw_bird(np.random.default_rng(1), 1, 4, 448).image.save(tmp_path / "bird.png")
