@@ -106,7 +106,8 @@ def drawing_from(*seed: int) -> Iterator[None]:
     """Seed every generator that transforms draw from, and bring them back as they were."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        for generator in (random.seed, np.random.seed, torch.manual_seed):
+        # torch.manual_seed would seed the devices' generators too, which the model draws from
+        for generator in (random.seed, np.random.seed, torch.default_generator.manual_seed):
             generator(mix_seeds(*seed))
         try:
             yield
