@@ -64,7 +64,8 @@ def mark_multi_label(model: Any) -> None:
     if isinstance(model, S3N):
         model.configure(multi_label=True)
     else:
-        model.pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {}, notes=[MULTI_LABEL])
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        model.pretrained_cfg = dict(cfg, notes=[*(cfg.get("notes") or ()), MULTI_LABEL])
 
 
 def label_names(model: nn.Module) -> list[str]:
@@ -362,7 +363,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (tuple, list))
 
 
-_CROP_MODES = ("center", "squash", "border")
+CROP_MODES = ("center", "squash", "border")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 _SIZE_RULE = (lambda value: _is_list(value) and len(value) == 3, "(channels, rows, columns)")
 _CROP_RULE = (lambda value: _is_number(value, 0, 1e3), "a positive number")
@@ -374,7 +375,7 @@ _CFG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "std": (lambda value: _are_numbers(value, 0, 1e6), "a number for each channel, each positive"),
     "crop_pct": _CROP_RULE,
     "test_crop_pct": _CROP_RULE,
-    "crop_mode": (lambda value: value in _CROP_MODES, f"one of {', '.join(_CROP_MODES)}"),
+    "crop_mode": (lambda value: value in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
     "interpolation": (lambda value: value in _INTERPOLATIONS, f"one of {', '.join(_INTERPOLATIONS)}"),
     "classifier": (
         lambda value: isinstance(value, str) or (_is_list(value) and all(isinstance(name, str) for name in value)),

@@ -42,7 +42,7 @@ class Classifier:
 
     Attributes:
         model: the model.
-        exit_entropy: the threshold in force, in nats; 0 for models without warped branches to save.
+        exit_entropy: the threshold in force, in nats.
         mode: of the PIL images that it reads, 'RGB' or 'L'.
         data_config: its preprocessing, as timm describes it.
         transform: that preprocessing, of a PIL image of that mode.
@@ -131,7 +131,8 @@ class Classifier:
             if self.exit_entropy and isinstance(self.model, S3N):
                 probabilities = answer_batch(self.model, x, self.exit_entropy).probabilities
             else:
-                probabilities = score_classes(self.model(x), self.multi_label)
+                logits = self.model.answer(x) if isinstance(self.model, S3N) else self.model(x)
+                probabilities = score_classes(logits, self.multi_label)
             parts.append(probabilities.float().cpu())
         return torch.cat(parts)
 

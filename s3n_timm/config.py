@@ -226,6 +226,7 @@ S3NConfig.__doc__ = f"{S3NConfig.__doc__}" + "\n".join(
     for field in dataclasses.fields(S3NConfig)
 )
 
-# Options that decide which parameters a model has, or which shape; the others may change on a model that exists.
+# Options that decide which parameters a model has, of which shape, or which sizes it reads; the others may change on a
+# model that exists.
 STRUCTURE = ("backbone", "preset", "branches", "attention", "neck", "beta_discriminative", "beta_complementary",
              "grid_size", "kernel", "complement", "partition_warmup_epochs", "backbone_args", "scan_size", "zoom_size")

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .extras import needs_extra
+from .heads import evaluating
 from .layout import GAP, LARGE, LINE, SMALL, Block, create_tiles, fit_line, name_row, show, write
 from .model import S3N, Explanation
 from .outputs import S3NLogits, score_classes
@@ -323,12 +324,8 @@ def _see(
         seen: Explanation | None = None,
 ) -> _Seen:
     if seen is None:
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model.modules()):
             seen = model.explain(image[None].to(next(model.parameters())))
-        finally:
-            model.train(training)
 
     def pixels(x: Tensor) -> Any:
         x = x[0].permute(1, 2, 0).float().cpu() * torch.tensor(std) + torch.tensor(mean)

@@ -55,8 +55,8 @@ def answer_batch(model: S3N, images: Tensor, exit_entropy: float | None = None) 
     exited = torch.zeros_like(entropy, dtype=torch.bool) if exit_entropy is None else entropy < exit_entropy
     unsure = ~exited
     if unsure.any():
-        logits, _, _ = model.forward_branches(images[unsure], features[unsure], False, model.answering)
-        probabilities = probabilities.masked_scatter(unsure[:, None], model.decide(logits).float().softmax(1))
+        logits = model.answer(images[unsure], features[unsure])
+        probabilities = probabilities.masked_scatter(unsure[:, None], logits.float().softmax(1))
     return Prediction(probabilities, entropy, exited)
 
 

@@ -79,8 +79,14 @@ def create_backbone(
                 f"backbone {backbone!r} cannot be built with {reprlib.repr(given)}: {type(error).__name__}: {error}"
             ) from error
         return model, backbone, args
+    for option, value in {**kwargs, "backbone_args": backbone_args or None}.items():
+        if value is not None:
+            raise ValueError(f"{option} is for a backbone that is built here: give it to the module, or give a name.")
+    channels = getattr(backbone, "in_chans", in_chans)
+    if channels != in_chans:
+        raise ValueError(f"in_chans must be {channels}, as many as the backbone reads, got {in_chans}.")
     name: str | None = getattr(backbone, "pretrained_cfg", {}).get("architecture")
-    if getattr(backbone, "num_classes", None) != num_classes:
+    if getattr(backbone, "num_classes", None) != max(num_classes, 1):
         backbone.reset_classifier(max(num_classes, 1))
     args = {k: v for k, v in get_model_args(backbone).items() if k not in ("num_classes", "in_chans", "global_pool")}
     return backbone, name, args
@@ -435,6 +441,8 @@ def explain_refusal(images: object, backbone: Backbone, channels: int, error: Ex
         return ValueError(f"images have no pixel: their shape is {shape}.")
     if not images.is_floating_point():
         return TypeError(f"images must be floats, normalized as the model's data config says, got {images.dtype}.")
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
     weights = [weight for weight in backbone.parameters() if weight.is_floating_point()]
     devices = {weight.device for weight in weights}
     if images.device not in devices:

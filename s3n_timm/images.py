@@ -41,6 +41,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# where Pillow looks for an orientation, in an image's `info`
+_ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 _logger = logging.getLogger(__name__)
 
@@ -343,7 +345,8 @@ def _convert(image: Image.Image, mode: str, name: str = "the PIL image") -> Imag
     turn = _TURNS.get(_orientation(image))
     if turn is not None:
         image = image.transpose(turn)
-        image.info.pop("exif", None)  # or reading the result again would turn it again
+        for name in _ORIENTED:  # or reading the result again would turn it again
+            image.info.pop(name, None)
     transparent = image.info.get("transparency")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)

@@ -278,6 +278,16 @@ class S3N(nn.Module):
         answer = self.config.answer
         return self.warped if answer in ("joint", "mean") else tuple(b for b in self.warped if b == answer)
 
+    def answer(self, x: Tensor, original: Tensor | None = None) -> Tensor:
+        """The B×C logits that are the prediction for B×3×H×W images, whatever the mode and `set_branch_logits` say.
+
+        Args:
+            x: the images.
+            original: their `forward_features`, where those are known already.
+        """
+        logits, _, _ = self.forward_branches(x, original, keep_sample=False, branches=self.answering)
+        return self.decide(logits)
+
     def decide(self, logits: S3NLogits, answer: str | None = None) -> Tensor:
         """The B×C logits that are the prediction, by `answer`, the model's own by default."""
         answer = self.config.answer if answer is None else answer
@@ -338,6 +348,9 @@ class S3N(nn.Module):
         self._model_args = self.config.to_dict()
         if "partition_eval" in options:
             self.set_epoch(self.config.partition_warmup_epochs)
+
+    def _replicate_for_data_parallel(self) -> "S3N":
+        raise RuntimeError("S3N does not run in nn.DataParallel: start a process per GPU, by torchrun or accelerate.")
 
     def set_branch_logits(self, enable: bool | None = True) -> None:
         """Return `S3NLogits` (True), one tensor of logits (False), or whichever the mode asks for (None)."""

@@ -109,7 +109,8 @@ def _create_s3n(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     with explain_damage(variant):
         if isinstance(kwargs.get("pretrained_cfg"), Mapping):
             _check_saved(variant, pretrained, kwargs)
-        elif not fixed and isinstance(backbone, str) and not kwargs.get("pretrained_cfg"):
+        elif isinstance(backbone, str) and not kwargs.get("pretrained_cfg") and (
+                not fixed or ("." in backbone and backbone != fixed)):  # other weights than the variant's
             kwargs["pretrained_cfg"] = replace(_backbone_cfg(backbone), architecture=variant)
         given = kwargs.get("pretrained_cfg_overlay") or {}
         if pretrained and given.get("file") is not None:

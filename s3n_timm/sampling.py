@@ -273,8 +273,8 @@ def sample_response(
                 q = floor + (response if saliency is None else saliency)
             elif branch == "complementary" and complement == "erase":
                 # a Gaussian has fallen to a half at 1 / 1.2 of its width
-                near = complementary_map(response, of_branch, 1.2 * ERASED * math.prod(grid_size) ** 0.5, floor)
-                kept = resize_maps((near - floor)[:, None], (image.shape[-2], image.shape[-1])) > 0.5
+                far = complementary_map(response, of_branch, 1.2 * ERASED * math.prod(grid_size) ** 0.5, floor)
+                kept = resize_maps((far - floor)[:, None], (image.shape[-2], image.shape[-1])) > 0.5
                 source, q = image * kept, torch.ones_like(response)
             else:
                 beta = betas[branch]

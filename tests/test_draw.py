@@ -249,6 +249,14 @@ def test_names_are_not_formulas(model, images):
     assert wide > short + 80, "a formula would be two letters"
 
 
+def test_drawing_leaves_frozen_modules_frozen(images):
+    model = S3N("test_resnet", num_classes=3).train()
+    model.backbone.eval()
+    modes = [module.training for module in model.modules()]
+    draw_explanation(model, images[0], MEAN, STD)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_contact_sheet_shows_every_image(model, images):
     predictions = model(images).argmax(1).tolist()
     wrong = (predictions[1] + 1) % 3

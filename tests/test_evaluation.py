@@ -456,8 +456,8 @@ def test_nll_and_calibration_error_by_hand():
     # |0.9 - 1| and |0.6 - 1|
     assert evaluation.calibration_error(logits, labels * 0).item() == pytest.approx(0.25, abs=1e-5)
     # hot enough, all is 0.5: right 3 times of 4
-    assert evaluation.calibration_error(logits, labels, 1e6).item() == pytest.approx(0.25, abs=1e-4)
-    assert evaluation.nll(logits, labels, 1e6).item() == pytest.approx(math.log(2), rel=1e-4)
+    assert evaluation.calibration_error(logits / 1e6, labels).item() == pytest.approx(0.25, abs=1e-4)
+    assert evaluation.nll(logits / 1e6, labels).item() == pytest.approx(math.log(2), rel=1e-4)
 
 
 def test_temperature_of_labels_drawn_at_a_known_one():
@@ -466,8 +466,8 @@ def test_temperature_of_labels_drawn_at_a_known_one():
     temperature = evaluation.fit_temperature(logits, labels)
     assert temperature == pytest.approx(2.5, rel=0.03)
     for other in (temperature * 1.05, temperature / 1.05):
-        assert evaluation.nll(logits, labels, temperature) < evaluation.nll(logits, labels, other)
-    assert evaluation.calibration_error(logits, labels, temperature) < 0.015
+        assert evaluation.nll(logits / temperature, labels) < evaluation.nll(logits / other, labels)
+    assert evaluation.calibration_error(logits / temperature, labels) < 0.015
     assert evaluation.calibration_error(logits, labels) > 0.1
 
 

@@ -576,6 +576,19 @@ def test_card_of_nothing_but_the_model():
     assert "seed | unknown" in model_card(build(), recipe=dict(lr=1)).content
 
 
+@pytest.mark.parametrize(("options", "passes", "peaks"), [
+    (dict(answer="original"), "original answers: 1 backbone pass", True),
+    (dict(answer="discriminative"), "discriminative answers: 2 backbone passes", True),
+    (dict(branches="O"), "1 backbone pass", False),
+    (dict(attention="response"), "3 backbone passes", False),
+])
+def test_card_says_what_the_model_does(options, passes, peaks):
+    text = model_card(build(**options)).content
+    assert passes in text
+    assert ("It runs the backbone" in text) == ("passes" in passes)
+    assert ("partition of peaks" in text) == ("Peaks come from" in text) == peaks
+
+
 def test_card_of_what_was_not_measured(results):
     measured = json.loads(results.read_text())
     for key in ("boxes", "hits", "localization", "magnification", "parts"):
@@ -719,6 +732,7 @@ def test_picture_is_drawn(tmp_path):
         assert min(picture.size) > 500
     with pytest.raises(ValueError, match="plain model"):
         s3n_timm.save(timm.create_model("test_resnet"), tmp_path / "plain", card=dict(picture=bird))
+    assert (s3n_timm.save(build(in_chans=1), tmp_path / "grey", card=dict(picture=bird)) / "picture.png").is_file()
 
 
 @pytest.mark.parametrize(

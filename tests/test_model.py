@@ -658,6 +658,21 @@ def test_timm_model_given_as_a_module():
     model = build(backbone)
     assert torch.equal(model.backbone.fc.weight, weight), "a fitting classifier was replaced"
     assert model.config.backbone == "resnet18"
+    assert build(timm.create_model("test_resnet", num_classes=0), num_classes=0)(images()).shape == (2, 3 * 96)
+
+
+@pytest.mark.parametrize("option", [
+    dict(drop_rate=0.5), dict(drop_path_rate=0.1), dict(img_size=64), dict(backbone_args=dict(output_stride=16)),
+    dict(in_chans=1),
+])
+def test_a_module_takes_no_arguments_of_a_backbone_that_is_built_here(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        build(timm.create_model("test_resnet"), **option)
+
+
+def test_data_parallel_is_refused_in_a_sentence():
+    with pytest.raises(RuntimeError, match="a process per GPU"):
+        build("test_resnet")._replicate_for_data_parallel()  # which torch calls on every module, for each GPU
 
 
 @pytest.mark.parametrize("preset", PRESETS)

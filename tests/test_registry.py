@@ -434,6 +434,15 @@ def test_agreeing_backbone(backbone):
     assert timm.create_model("s3n_resnet18", backbone=backbone, num_classes=2).num_classes == 2
 
 
+def test_a_variant_of_other_weights_loads_those():
+    model = timm.create_model("s3n_resnet18", backbone="resnet18.a1_in1k", num_classes=2)
+    own = timm.models.get_pretrained_cfg("resnet18.a1_in1k")
+    for field in ("hf_hub_id", "mean", "crop_pct", "interpolation"):
+        assert model.pretrained_cfg[field] == getattr(own, field), field
+    bare = timm.create_model("s3n_resnet18", backbone="resnet18", num_classes=2)
+    assert bare.pretrained_cfg["hf_hub_id"] == "timm/resnet18.tv_in1k"
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cfg_follows_the_backbone(name):
     own = timm.models.get_pretrained_cfg(VARIANTS[name])

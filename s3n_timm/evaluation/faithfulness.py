@@ -200,14 +200,11 @@ def _claims_of_s3n(model: S3N, images: Tensor) -> tuple[dict[str, _Claim], Tenso
 
         return classify
 
-    def answer(images: Tensor) -> Tensor:
-        return model.decide(model.forward_branches(images, keep_sample=False, branches=model.answering)[0])
-
     size = (images.shape[-2], images.shape[-1])
     read = {branch: getattr(seen.sample, branch) for branch in model.warped}
     grids = {branch: resize_grid(warped.grid, size) for branch, warped in read.items()}
     total = localization_maps(maps, grids, classes, size)["joint"][:, 1]
-    claims = dict(joint=_Claim(images, total, seen.maps["original"].shape[-2:], answer))
+    claims = dict(joint=_Claim(images, total, seen.maps["original"].shape[-2:], model.answer))
     for branch, of_classes in maps.items():
         branch_images = read[branch].image if branch in read else images
         claims[branch] = _claim(branch_images, of_classes, classes, reader(branch))

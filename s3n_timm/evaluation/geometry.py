@@ -13,7 +13,7 @@ import torch
 from timm.data import DEFAULT_CROP_PCT
 from torch import Tensor
 
-CROP_MODES = ("center", "squash", "border")
+from ..checkpoints import CROP_MODES
 
 
 class Crop(NamedTuple):

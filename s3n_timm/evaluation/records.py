@@ -68,7 +68,8 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
     Returns:
         Tensors of B rows. Always: `index`, `label`, `logits` B×C of the model's answer, and for that, as `answer`, and
         each output of the model `prediction_…` and `top5_…`, the label is among the five best. Of an S3N: `mean`, the
-        answer of all its outputs together; with an O branch `entropy`, of its probabilities; with peaks `peaks`. With
+        answer of all its outputs together; with an O branch `entropy`, of its probabilities, and `warped`, the warped
+        images that its answer reads; with peaks `peaks`. With
         boxes: `boxed`; of an S3N `iou_…` and `normalized_iou_…` of each branch and, under `joint`, of their sum;
         `hits`; `object_…` and `background_…`, the magnification by each warp. With parts: `part_visible` and
         `part_measured` B×P; of an S3N `strongest` and `weakest`, the part next to that peak or -1; and
@@ -93,6 +94,7 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
         return records
     if "original" in outputs:
         records["entropy"] = torch.special.entr(outputs["original"].softmax(1)).sum(1)
+        records["warped"] = torch.full_like(label, len(model.answering))
 
     size, sample = image.shape[-2:], seen.sample
     grids = {}
@@ -214,13 +216,12 @@ def _early_exit(records: Records, exit_entropy: float) -> dict[str, Any]:
         raise ValueError("exit_entropy needs an S3N with the O branch.")
     exits, label = records["entropy"] < exit_entropy, records["label"]
     answers = torch.where(exits, records["prediction_original"], records["prediction_answer"])
-    warped = sum(f"prediction_{branch}" in records for branch in ("discriminative", "complementary"))
     return dict(
         exit_entropy=exit_entropy,
         exited=100 * _mean(exits),
         top1=100 * _mean(answers == label),
         top1_without=100 * _mean(records["prediction_answer"] == label),
-        passes=1 + warped * _mean(~exits),
+        passes=1 + _mean(records["warped"] * ~exits),
     )
 
 

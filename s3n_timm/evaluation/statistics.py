@@ -12,21 +12,20 @@ from ..extras import needs_extra
 # calibration
 
 
-def nll(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+def nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log likelihood in nats.
 
     Args:
         logits: B×C.
         labels: B class indices.
-        temperature: divides the logits.
 
     Returns:
         Scalar, at least 0.
     """
-    return F.cross_entropy(logits.float() / temperature, labels)
+    return F.cross_entropy(logits.float(), labels)
 
 
-def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0, bins: int = 15) -> Tensor:
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
     """Expected calibration error: mean distance of confidence from accuracy over equal bins of confidence.
 
     Needs the extra "train".
@@ -34,7 +33,6 @@ def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0, 
     Args:
         logits: B×C.
         labels: B class indices.
-        temperature: divides the logits.
         bins: number of bins.
 
     Returns:
@@ -45,7 +43,7 @@ def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0, 
 
     if logits.shape[1] == 1:
         return logits.new_zeros(())  # always confident and right; torchmetrics takes two classes or more
-    probabilities = (logits.float() / temperature).softmax(1)
+    probabilities = logits.float().softmax(1)
     return multiclass_calibration_error(probabilities, labels, num_classes=logits.shape[1], n_bins=bins, norm="l1")
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints import check_regular_file, is_multi_label
 from ..evaluation import INTERVAL, result_tables
+from ..heads import evaluating
 from ..images import image_mode, input_config
 from ..model import S3N
 
@@ -46,14 +47,12 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> float:
     Returns:
         A number of operations, half of what `torch.utils.flop_counter` counts.
     """
-    modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     # fused attention kernels are not counted on every device, the matrix products that they stand for are
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    for module, training in modes.items():
-        module.training = training
+    with (evaluating(model.modules()), torch.no_grad(), sdpa_kernel(SDPBackend.MATH),
+          FlopCounterMode(display=False) as counter):
+        model(image)
     return counter.get_total_flops() / 2
 
 
@@ -248,11 +247,15 @@ def _what_it_is(model: nn.Module) -> str:
         return f"`{_architecture(model)}` of timm, an image classifier, trained with s3n_timm. {origin}"
     return (
         f"A Selective Sparse Sampling Network (S3N, [Ding et al., ICCV 2019]({PAPER})) for fine-grained image "
-        f"classification on the timm backbone `{model.config.backbone}`. The local maxima of the backbone's class "
-        "response maps say where the evidence is; the image is warped around them, the same backbone reads the warped "
-        "images too, and a fusion layer decides on the joined features. Made with s3n_timm, an independent "
-        "implementation, not the authors' own."
+        f"classification on the timm backbone `{model.config.backbone}`. The class response maps of the backbone say "
+        "where the evidence is; the image is warped around it, the same backbone reads the warped images too, and a "
+        "fusion layer decides on the joined features. Made with s3n_timm, an independent implementation, not the "
+        "authors' own."
     )
+
+
+def _has_peaks(model: S3N) -> bool:
+    return model.config.attention == "sparse" and bool(model.warped)
 
 
 def _model_table(model: nn.Module, config: Mapping[str, Any], label_names: Sequence[str] | None) -> str:
@@ -260,14 +263,17 @@ def _model_table(model: nn.Module, config: Mapping[str, Any], label_names: Seque
     macs = count_macs(model, config["input_size"]) / 1e9
     rows: list[tuple[str, Any]] = [("architecture", f"`{_architecture(model)}`")]
     if isinstance(model, S3N):
-        passes = 1 + len(model.warped)
+        passes = 1 + len(model.answering)
         rows += [
             ("backbone", f"`{model.config.backbone}`"),
-            ("branches", f"{model.config.branches}, {passes} backbone pass{'es' * (passes > 1)}"),
+            ("branches", f"{model.config.branches}, {model.config.answer} answers: "
+                         f"{passes} backbone pass{'es' * (passes > 1)}"),
             ("attention", model.config.attention),
             ("preset", model.config.preset),
-            ("partition of peaks in eval mode", model.config.partition_eval),
         ]
+        if _has_peaks(model):
+            with evaluating([model]):
+                rows.append(("partition of peaks in eval mode", model.partition))
     names = "named in `config.json`" if label_names else "without names"
     rows += [
         ("parameters", f"{count_parameters(model):,}"),
@@ -417,11 +423,11 @@ def _limits(model: nn.Module, measured: Mapping[str, Any] | None, further: Seque
         "Nothing was measured here: don't rely on it before you have measured it on your own images.",
     ]
     if isinstance(model, S3N):
-        passes = 1 + len(model.warped)
+        passes = 1 + len(model.answering)
         if passes > 1:
             known.append(f"It runs the backbone {passes} times: as many times the cost of the plain network.")
-        known += [
-            "Response and peaks show what the network used, which need not be the parts that tell the classes apart.",
-            "Peaks come from a coarse feature map; with small inputs there is little to choose from.",
-        ]
+        known.append(
+            "Response maps show what the network used, which need not be the parts that tell the classes apart.")
+        if _has_peaks(model):
+            known.append("Peaks come from a coarse feature map; with small inputs there is little to choose from.")
     return "## Limits\n\n" + "\n".join(f"- {' '.join(line.split())}" for line in [*known, *further])

@@ -36,7 +36,7 @@ from ..checkpoints import (
     label_names as names_of,
 )
 from ..files import replacing_file
-from ..images import input_config, read_image
+from ..images import image_mode, input_config, read_image
 from ..model import S3N
 from .benchmark import benchmark_file
 from .card import model_card
@@ -166,7 +166,7 @@ def _draw(
     if not isinstance(model, S3N):
         raise ValueError("picture can't be drawn for a plain model, which has no peaks: give a file, or none.")
     config = input_config(model, data_config)
-    image = create_transform(**config)(read_image(picture))
+    image = create_transform(**config)(read_image(picture, image_mode(config["input_size"][0])))
     image = image.to(next(model.parameters()).device)
     with torch.no_grad():
         figure = draw_explanation(model, image, config["mean"], config["std"], label_names)
