@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from support.files import replace_text
-from support.launching import count_default_workers, exiting_on, refuse_lone_process, use_cpu_threads
+from support.launching import PATIENT, count_default_workers, exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import hold_out, spread_over
-from support.measuring import describe_results, has_peaks
+from support.measuring import describe_results, has_peaks, match_classes
 from support.progress import progress
 from support.reports import draw_picture, report, report_labels, write_files
 from timm.data import MultiLabelTarget, create_transform
@@ -30,10 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import s3n_timm
-from s3n_timm.checkpoints import is_multi_label as is_multi_label_model
-from s3n_timm.checkpoints import known_label_names
 from s3n_timm.config import ANSWERS
-from s3n_timm.data import class_names, is_multi_label, load, part_names, read_stored, store_images
+from s3n_timm.data import is_multi_label, load, part_names, read_stored, store_images
 from s3n_timm.early_exit import choose_exit_entropy
 from s3n_timm.evaluation import (
     CALIBRATION,
@@ -114,6 +112,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--val-fraction must lie in [0, 1), got {args.val_fraction}.")
     if args.keep_exit and (args.exit_entropy is None and args.exit_loss is None):
         parser.error("--keep-exit needs a threshold: give --exit-loss or --exit-entropy.")
+    for name in ("img_size", "crop_pct", "crop_mode", "partition_eval", "answer"):
+        if args.keep_exit and getattr(args, name) is not None:
+            parser.error(f"--keep-exit keeps a threshold for the model's own settings: leave out "
+                         f"--{name.replace('_', '-')}.")
     if args.keep_exit and not Path(args.weights).is_dir():
         parser.error(f"--keep-exit writes to a folder, and WEIGHTS {args.weights} is none.")
     if args.output is None:
@@ -175,32 +177,6 @@ def load_data(args: argparse.Namespace, model: nn.Module, data_config: dict[str,
     if not len(dataset):
         raise ValueError(f"--split {args.split} of {args.dataset} has no image.")
     return dataset
-
-
-def match_classes(dataset: datasets.Dataset, model: nn.Module, args: argparse.Namespace) -> tuple[list[str], list[int]]:
-    """The name of each class of the model, and the model's class of each class of the data set."""
-    names = list(map(str, class_names(dataset)))
-    if is_multi_label(dataset) != is_multi_label_model(model):
-        raise ValueError(f"--dataset {args.dataset} has one label an image and WEIGHTS any number, or the reverse.")
-    if is_multi_label(dataset) and args.faithfulness:
-        raise ValueError("--faithfulness follows one class an image: leave it out where images have several labels.")
-    if len(names) != model.num_classes:
-        raise ValueError(
-            f"--dataset {args.dataset} has {len(names)} classes and WEIGHTS {args.weights} has {model.num_classes}: "
-            "evaluate it on the data set that it was trained for."
-        )
-    stated = known_label_names(model)
-    known = [stated.get(index, name) for index, name in enumerate(names)]
-    if args.ignore_names or known == names:
-        return names, list(range(len(names)))
-    if sorted(known) == sorted(set(names)):
-        return known, [known.index(name) for name in names]
-    missing = sorted(set(names) - set(known)) or names
-    raise ValueError(
-        f"--dataset {args.dataset} names its classes otherwise than WEIGHTS {args.weights}, which has no "
-        f"{missing[0]!r} ({len(missing)} of {len(names)} names differ). If the classes are the same in the same order, "
-        "add --ignore-names."
-    )
 
 
 class TransformRows:
@@ -291,7 +267,7 @@ def keep_exit(folder: Path, exit_entropy: float | None) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     refuse_lone_process()
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[PATIENT])
     set_seed(args.seed, device_specific=True)  # processes that draw a partition draw different ones
     use_cpu_threads(args.cpu_threads, accelerator)
     if not sys.stderr.isatty():
@@ -303,7 +279,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             overrides = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
             data_config = input_config(model, overrides)
             dataset = load_data(args, model, data_config)
-        names, classes = match_classes(dataset, model, args)
+        if is_multi_label(dataset) and args.faithfulness:
+            raise ValueError("--faithfulness follows one class an image: leave it out, as images have several labels.")
+        names, classes = match_classes(dataset, model, args.dataset, args.weights, args.ignore_names)
         args.output.mkdir(parents=True, exist_ok=True)
     if classes != list(range(len(classes))):
         accelerator.print("The data set has the model's classes in another order: they are matched by name.")

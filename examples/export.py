@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     int8.add_argument("--dataset", help="birds, cub, aircraft, cars, folder, parquet or hub:NAME, for its accuracy")
     int8.add_argument("--data-dir", help="folder of the data set; drawn birds and the Hub need none")
     int8.add_argument("--num-calibration", type=int, default=32, help="static: training images to find ranges on")
-    int8.add_argument("--num-test", type=int, help="at most so many test images")
+    int8.add_argument("--num-test", type=int, default=500, help="at most so many test images")
 
     args = parser.parse_args(argv)
     for name in ("num_images", "tolerance", "repetitions", "cpu_threads", "num_calibration", "num_test"):
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
             return classifier.transform(read_stored(image, classifier.mode))
 
         images, names = load_images(args, data_config, read)
-        labeled = load_int8_data(args, model.num_classes, read) if args.int8 else None
+        labeled = load_int8_data(args, model, read) if args.int8 else None
         args.output.mkdir(parents=True, exist_ok=True)
         export_files(model, images[0], classifier, args)
         int8 = export_int8(start_onnx, labeled, args, console) if labeled else None

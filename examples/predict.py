@@ -34,7 +34,14 @@ import datasets
 import torch
 from accelerate import Accelerator
 from support.files import claimed, replace_text, replacing_file
-from support.launching import accept_any_encoding, count_cores, exiting_on, refuse_lone_process, use_cpu_threads
+from support.launching import (
+    PATIENT,
+    accept_any_encoding,
+    count_cores,
+    exiting_on,
+    refuse_lone_process,
+    use_cpu_threads,
+)
 from support.progress import progress
 from support.sources import Batch, Item, Reader, Source, digest_names, keep_batch, list_items, open_source
 from torch import Tensor
@@ -77,7 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("output/predictions"), help="folder (%(default)s)")
     parser.add_argument("--append", action="store_true", help="add rows for images that a folder did not hold before")
     parser.add_argument("--format", choices=tuple(WRITERS), default="parquet")
-    parser.add_argument("--shard-size", type=int, default=10_000, metavar="ROWS")
+    parser.add_argument("--shard-size", type=int, default=1_000, metavar="ROWS")
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="per process")
     parser.add_argument("-j", "--workers", type=int,
                         help="processes that read images, per process; default: all cores, shared evenly; 2 on a CPU")
@@ -321,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     accept_any_encoding()
     refuse_lone_process()
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[PATIENT])
     use_cpu_threads(args.cpu_threads, accelerator)
     datasets.disable_progress_bars()
     cuda = accelerator.device.type == "cuda"

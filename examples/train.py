@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, TorchDynamoPlugin, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, TorchDynamoPlugin, set_seed
 from support.arguments import parse_args, trajectory
 from support.checkpoints import (
     OutputError,
@@ -25,10 +25,12 @@ from support.checkpoints import (
     find_checkpoint,
     load_checkpoint,
     refuse_pickled_shards,
+    set_aside_newer,
     write_summary,
 )
 from support.files import claimed
 from support.launching import (
+    PATIENT,
     DataError,
     StopSignal,
     accept_any_encoding,
@@ -64,13 +66,19 @@ def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accele
     options: dict[str, Any] = dict(pretrained=args.pretrained, num_classes=num_classes)
     if args.pretrained_path:
         options["pretrained_cfg_overlay"] = read_pretrained(args.pretrained_path)
+    cfg = timm.models.get_pretrained_cfg(args.backbone)
+    if cfg is not None and cfg.fixed_input_size and "scan_size" not in args.model_kwargs:
+        if args.start_size:
+            raise ValueError(f"--start-size needs a backbone that reads images of any size, which {args.backbone} "
+                             "doesn't: leave it out.")
+        options["img_size"] = args.img_size
     if args.plain:
-        model = timm.create_model(args.backbone, **options, **args.model_kwargs.get("backbone_args", {}))
+        model = timm.create_model(args.backbone, **options | args.model_kwargs.get("backbone_args", {}))
         if num_classes != model.pretrained_cfg.get("num_classes"):
             model.reset_classifier(num_classes)  # as S3N does, so that both start alike
     else:
         options.update(preset=args.preset, branches=args.branches, attention=args.attention, answer=args.answer)
-        model = timm.create_model("s3n", backbone=args.backbone, **options, **args.model_kwargs)
+        model = timm.create_model("s3n", backbone=args.backbone, **options | args.model_kwargs)
     if args.dataset == "multi-label":
         mark_multi_label(model)
     if args.grad_checkpointing:
@@ -82,13 +90,16 @@ def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accele
     return model
 
 
-def list_frozen(model: nn.Module, args: argparse.Namespace) -> list[nn.Module]:
-    """Modules that --freeze-epochs does not train: those of the backbone, its classifier excepted."""
+def freeze(model: nn.Module) -> list[nn.Parameter]:
+    """Put what --freeze-epochs does not train into eval mode, the backbone without its classifier; its parameters."""
     classifiers = _classifier_names(model)
     backbone = model.backbone if isinstance(model, S3N) else model
     prefix = "backbone." if isinstance(model, S3N) else ""
-    return [module for name, module in backbone.named_modules()
-            if not list(module.children()) and f"{prefix}{name}" not in classifiers] if args.freeze_epochs else []
+    for name, module in backbone.named_modules():
+        if not list(module.children()) and f"{prefix}{name}" not in classifiers:
+            module.eval()
+    return [parameter for name, parameter in backbone.named_parameters()
+            if not f"{prefix}{name}".startswith(tuple(f"{classifier}." for classifier in classifiers))]
 
 
 def _classifier_names(model: nn.Module) -> tuple[str, ...]:
@@ -147,11 +158,10 @@ def set_modes(run: Run, epoch: int) -> list[nn.Parameter]:
     for each in (bare, *([] if run.ema is None else [run.ema.module])):
         if isinstance(each, S3N):
             each.set_epoch(epoch)
-    frozen = list_frozen(bare, run.args) if epoch < run.args.freeze_epochs else []
-    norms = [m for m in bare.modules() if run.args.freeze_bn and isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for module in (*frozen, *norms):
-        module.eval()
-    return [parameter for module in frozen for parameter in module.parameters()]
+    for module in bare.modules():
+        if run.args.freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return freeze(bare) if epoch < run.args.freeze_epochs else []
 
 
 # an epoch
@@ -179,7 +189,8 @@ def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
         part = step % args.grad_accum_steps * accelerator.num_processes + accelerator.process_index
         seed_batch(args, bare, images, progress.updates, part)
         if run.mixup is not None:
-            images, target = run.mixup(images, target)
+            with accelerator.autocast():  # SnapMix runs the model
+                images, target = run.mixup(images, target)
         if side < args.img_size:
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         if args.channels_last:
@@ -198,7 +209,7 @@ def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
         if not accelerator.sync_gradients:
             continue
         progress.updates += 1
-        exchange.send(total / args.grad_accum_steps, optimizer.param_groups[-1]["lr"])
+        exchange.send(total / args.grad_accum_steps, max(group["lr"] for group in optimizer.param_groups))
         total = torch.zeros_like(total)
         run.scheduler.step_update(progress.updates)  # not prepared by Accelerate, which would step it once a process
         if run.ema is not None:
@@ -238,7 +249,8 @@ def finish_epoch(run: Run, epoch: int, loader: TrainLoader, val_loader: Any, sta
             top1[name] = result
     loss = progress.loss / loader.updates_per_epoch
     progress.epoch, progress.loss = epoch + 1, 0.0
-    row: dict[str, float] = dict(epoch=progress.epoch, loss=loss, lr=run.optimizer.param_groups[-1]["lr"])
+    rate = max(group["lr"] for group in run.optimizer.param_groups)
+    row: dict[str, float] = dict(epoch=progress.epoch, loss=loss, lr=rate)
     head = f"epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}"
     for name, metrics in top1.items():
         text = ", ".join(f"{branch} {value:.1f}" for branch, value in metrics.items())
@@ -260,7 +272,7 @@ def finish_epoch(run: Run, epoch: int, loader: TrainLoader, val_loader: Any, sta
     if accelerator.is_main_process:
         write_summary(args.output / "summary.csv", progress.history)
     if args.log_with:
-        accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=progress.updates)
+        accelerator.log({name: row[name] for name in row.keys() - {"epoch", "loss", "lr"}}, step=progress.updates)
     run.save()
     return False
 
@@ -284,6 +296,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=args.log_with or None,
         project_dir=args.output,
         dynamo_plugin=TorchDynamoPlugin(backend=args.torchcompile) if args.torchcompile else None,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        kwargs_handlers=[PATIENT],
     )
     if accelerator.gradient_accumulation_steps != args.grad_accum_steps:
         raise ValueError(f"Accelerate is set to {accelerator.gradient_accumulation_steps} accumulation steps by its "
@@ -378,6 +392,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
     if checkpoint is not None:
         with exiting_on(ValueError):
             load_checkpoint(checkpoint, progress, ema, accelerator)
+        aside = [] if args.resume == "auto" else set_aside_newer(args.output, progress, accelerator)
+        if aside:
+            accelerator.print(f"Newer checkpoints are {', '.join(path.name for path in aside)} from here on.")
         scheduler.step_update(progress.updates)
         accelerator.print(f"Resumed from {checkpoint} after {progress.epoch} epochs and {progress.updates} updates.")
 

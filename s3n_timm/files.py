@@ -8,7 +8,12 @@ from pathlib import Path
 
 
 def synchronize_to_disk(path: Path) -> None:
-    """Return once the content of a file, or the entries of a folder, would survive a power failure."""
+    """Return once the content of a file, or the entries of a folder, would survive a power failure.
+
+    Does nothing on Windows, which synchronizes no folders, and only files that are open for writing.
+    """
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

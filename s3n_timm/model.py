@@ -25,6 +25,11 @@ GATE_OPTIONS = ("grid_size", "gate_scores", "threshold", "topk", "gate")
 SAMPLE_OPTIONS = ("attention", "grid_size", "window", "peak_floor", "floor", "fwhm", "border", "complement")
 
 
+def has_peaks(model: nn.Module) -> bool:
+    """Whether a model warps images around peaks: an S3N with sparse attention and a warped branch."""
+    return isinstance(model, S3N) and model.config.attention == "sparse" and bool(model.warped)
+
+
 class S3N(nn.Module):
     """Selective sparse sampling around a timm backbone (paper section 3, figure 2).
 

@@ -780,6 +780,7 @@ def test_missing_weights_end_in_one_sentence(tmp_path):
         (["--split", "train", "--val-fraction", "1"], "--val-fraction must lie in [0, 1)"),
         (["--exit-entropy", "1", "--exit-loss", "1"], "not allowed with argument"),
         (["--keep-exit"], "--keep-exit needs a threshold"),
+        (["--keep-exit", "--exit-loss", "1", "--answer", "mean"], "--keep-exit keeps a threshold for the model's own"),
         (["--image-column", "photo"], "--image-column is for parquet and hub:NAME alone"),
         (["--split", "val"], "split must be 'train' or 'test'"),
         (["--dataset", "nonsense"], "name must be 'birds'"),

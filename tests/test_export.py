@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import s3n_timm
 from s3n_timm import S3N, S3NLoss
-from s3n_timm.data import drawn_birds
+from s3n_timm.data import class_names, drawn_birds, load
 from s3n_timm.peaks import PARTITION_MODES, find_peaks, partition_peaks
 from s3n_timm.sampling import sample_response
 
@@ -292,6 +292,8 @@ def test_fx_follows_every_family(backbone):
 
 # the script
 
+NAMES = class_names(load("birds", split="test", num_images=CLASSES, num_classes=CLASSES))[::-1]
+
 
 def export_script(*args, ok=True):
     return call("export.py", *args, "--cpu-threads", "1", ok=ok)
@@ -303,7 +305,7 @@ def saved(tmp_path_factory):
     model = build()
     config = dict(input_size=(3, SIDE, SIDE), crop_pct=1.0, crop_mode="squash", interpolation="bicubic",
                   mean=(0.4, 0.5, 0.6), std=(0.5, 0.4, 0.3))
-    return s3n_timm.save(model, folder, label_names=[f"kind {i}" for i in range(CLASSES)], data_config=config)
+    return s3n_timm.save(model, folder, label_names=NAMES, data_config=config)
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +338,7 @@ def test_exported_files_serve_without_the_script(finished, saved):
     model = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
     preprocessing = json.loads((output / "preprocessing.json").read_text())
     names = preprocessing.pop("label_names")
-    assert names == [f"kind {i}" for i in range(CLASSES)]
+    assert names == NAMES
     assert preprocessing == dict(input_size=[3, SIDE, SIDE], crop_pct=1.0, crop_mode="squash", interpolation="bicubic",
                                  mean=[0.4, 0.5, 0.6], std=[0.5, 0.4, 0.3])
     images = birds()
@@ -374,8 +376,6 @@ def test_int8_keeps_sampling_in_float32(finished):
 
 
 def test_int8_accuracy_is_that_of_the_labelled_images(finished, saved):
-    from s3n_timm.data import load
-
     output = finished[1]
     result = json.loads((output / "export.json").read_text())["int8"]
     dataset = load("birds", split="test", num_images=21, num_classes=CLASSES).shuffle(seed=0)
@@ -384,7 +384,9 @@ def test_int8_accuracy_is_that_of_the_labelled_images(finished, saved):
     transform = create_transform(**config)
     images = torch.stack([transform(row["image"].convert("RGB")) for row in dataset])
     for name, file in (("float32", "model.onnx"), ("int8", "model.int8.onnx")):
-        correct = (start(output / file)(images).argmax(1) == torch.tensor(dataset["label"][:])).double().mean().item()
+        # the model has the classes in the reverse order
+        labels = CLASSES - 1 - torch.tensor(dataset["label"][:])
+        correct = (start(output / file)(images).argmax(1) == labels).double().mean().item()
         assert result[name]["top1"] == pytest.approx(100 * correct)
         assert result[name]["megabytes"] == pytest.approx((output / file).stat().st_size / 1e6)
 
@@ -531,6 +533,6 @@ def test_int8_wants_the_models_classes(saved, tmp_path):
             Image.fromarray(pixels).save(tmp_path / "data" / split / label / "0.png")
     text = export_script(saved, "--output", tmp_path / "out", "--int8", "static", "--dataset", "folder", "--data-dir",
                          tmp_path / "data", "--formats", "onnx", ok=False)
-    assert f"--dataset folder has 2 classes, WEIGHTS {saved} has {CLASSES}." in text
+    assert f"--dataset folder has 2 classes and WEIGHTS {saved} has {CLASSES}" in text
     assert "Traceback" not in text
     assert not (tmp_path / "out").exists(), "said before anything is exported"

@@ -155,6 +155,18 @@ def test_a_signal_during_evaluation_ends_it_and_the_epoch_is_kept(tmp_path, monk
         assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_a_signal_while_the_exported_backbone_is_tested_ends_the_run_without_results(tmp_path, monkeypatch):
+    def signalling(loader, desc="", **_):
+        for batch in loader:
+            if desc == "test, backbone":
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(results, "show_progress", signalling)
+    assert "Stopped by SIGTERM" in train("--epochs", 1, "--output", tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
 def damage(kind, folder):
     if kind == "cut":
         path = folder / "model.safetensors"
@@ -244,6 +256,37 @@ def test_a_planted_checkpoint_runs_no_code(whole, tmp_path, name):
     assert not proof.exists()
     assert "Traceback" not in text
     assert ends or f"Checkpoint {planted} cannot be loaded" in text
+
+
+def test_a_named_checkpoint_begins_another_course(whole, tmp_path):
+    """Newer checkpoints are set aside, so that --resume goes on with the new one; the best weights are its own."""
+    output = tmp_path / "run"
+    args = ("--num-images", 96, "--epochs", 2, "--checkpoint-every", 5, "--checkpoint-hist", 3, "--output", output)
+    train(*args)
+    folder = output / "checkpoints"
+    shutil.copy(output / "last" / "config.json", folder / "update-15")  # by which timm loads it (visualize.py)
+    (output / "results.json").unlink()
+    shutil.rmtree(output / "best")
+    text = train(*args, "--lr", 1e-4, "--resume", folder / "update-15")
+    assert "abandoned-update-20" in text
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "abandoned-update-20", "update-10", "update-15", "update-20"]
+    assert weights(output, "best").keys() == weights(output).keys()
+    text = train(*args, "--output", tmp_path / "other", "--resume", folder / "update-15", ok=False)
+    assert "is not of --output" in text
+
+
+def test_an_update_divides_otherwise_in_mid_epoch(tmp_path):
+    """Other batches and accumulation steps from a checkpoint with an odd number of updates on."""
+    output = tmp_path / "run"
+    args = ("--epochs", 1, "--freeze-bn", "--checkpoint-every", 3, "--checkpoint-hist", 9)
+    train(*args, "--output", output)
+    text = train(*args, "--output", output, "--resume", output / "checkpoints" / "update-3", "-b", 4,
+                 "--grad-accum-steps", 2)
+    assert "after 0 epochs and 3 updates" in text
+    train(*args, "--output", tmp_path / "whole")
+    ours, theirs = weights(output), weights(tmp_path / "whole")
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours if ours[name].is_floating_point()) < 1e-4
 
 
 def test_checkpoints_of_another_run_are_refused(whole, tmp_path):

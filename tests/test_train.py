@@ -18,6 +18,7 @@ from support.arguments import RECIPES, parse_args
 import s3n_timm
 from s3n_timm import S3NLoss
 from s3n_timm.config import PRESETS
+from s3n_timm.images import input_config
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,28 @@ def test_frozen_epochs_leave_the_backbone_as_it_was(tmp_path):
     assert not torch.equal(second["backbone.conv1.0.weight"], start["backbone.conv1.0.weight"])
 
 
+def test_frozen_epochs_freeze_what_belongs_to_no_layer(tmp_path):
+    """A ConvNeXt block holds a parameter of its own, beside its layers."""
+    args = parse_args([*map(str, SMALL), "--backbone", "test_convnext", "--output", str(tmp_path)])
+    model = script.create_model(args, 4, Accelerator()).train()
+    frozen = set(script.freeze(model))
+    assert {name for name, each in model.named_parameters() if each not in frozen} == {
+        "backbone.head.fc.weight", "backbone.head.fc.bias", *(f"beta.{branch}" for branch in model.warped),
+        *(f"classifier.{branch}.{kind}" for branch in model.warped for kind in ("weight", "bias")),
+        "fusion.weight", "fusion.bias"}
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_backbone_of_one_size_is_built_for_that_of_the_images(tmp_path, plain):
+    flags = [*map(str, SMALL), "--backbone", "swin_tiny_patch4_window7_224", "--output", "none"]
+    model = script.create_model(parse_args([*flags, *(["--plain"] if plain else [])]), 4, Accelerator()).eval()
+    x = torch.rand(1, 3, 64, 64)
+    saved = s3n_timm.save(model, tmp_path, data_config=input_config(model, dict(img_size=64)))
+    torch.testing.assert_close(s3n_timm.load_model(saved).eval()(x), model(x))
+    with pytest.raises(ValueError, match="reads images of any size"):
+        script.create_model(parse_args([*flags, "--start-size", "32"]), 4, Accelerator())
+
+
 def test_layer_decay_slows_lower_layers(tmp_path):
     train("--epochs", 1, "--layer-decay", 1e-6, "--output", tmp_path / "run")
     train("--epochs", 1, "--lr", 1e-30, "--warmup-epochs", 0, "--output", tmp_path / "start")
@@ -244,7 +267,9 @@ def test_trackers_are_told(tmp_path):
     (folder,) = {path.parent for path in (tmp_path / "run").rglob("events.out*") if path.parent.name == "s3n_timm"}
     events = accumulator.EventAccumulator(str(folder)).Reload()
     assert {"loss", "lr", "val_joint"} <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("lr")][:5] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Scalars("lr")] == [event.step for event in events.Scalars("loss")] == [
+        1, 2, 3, 4, 5]
+    assert max(event.value for event in events.Scalars("lr")) > 0.01, "the rate of new layers, not of beta"
 
 
 def test_plain_backbone_is_trained_as_a_baseline(tmp_path):
@@ -322,12 +347,20 @@ def test_a_model_of_one_channel_reads_grey_images(tmp_path):
     assert measured == pytest.approx(again["joint"]["top1"], abs=0.1), again
 
 
-def test_recipe_of_one_s_own(tmp_path):
+def test_recipe_of_one_s_own(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     recipe = yaml.safe_load((RECIPES / "birds.yaml").read_text(encoding="utf-8"))
     path.write_text(yaml.safe_dump(dict(shared=recipe["shared"] | dict(epochs=77))))
     assert parse_args(["--recipe", str(path)]).epochs == 77
     path.write_text(yaml.safe_dump(dict(shared=recipe["shared"] | dict(epoch=77))))
+    short = tmp_path / "short.yaml"
+    words = ["--recipe", str(short), "--backbone", "resnet18", "--output", str(tmp_path / "out")]
+    short.write_text("shared: {lr: 0.02}")
+    with pytest.raises(SystemExit):
+        parse_args(words)
+    assert "lacks img_size" in capsys.readouterr().err
+    short.write_text("base: own\nshared: {lr: 0.02}")
+    assert parse_args(words).lr == 0.02
     text = train("--recipe", path, "--output", tmp_path / "run", ok=False)
     assert "sets 'epoch', which is no flag of this script" in text
 
@@ -369,6 +402,7 @@ def test_image_folder(tmp_path):
         (["--dataset", "hub:x", "--streaming", "--val-fraction", "0.1"], "--streaming can't hold images out"),
         (["--val-split", "validation"], "--val-split names a split of the Hub"),
         (["--plain", "--branches", "O"], "--plain has no branches"),
+        (["--plain", "--model-kwargs", '{"fwhm": 9}'], "--plain has no fwhm"),
         (["--snapmix", "5", "--mixup", "0.2"], "--snapmix mixes batches itself"),
         (["--start-size", "512", "--img-size", "96"], "--start-size 512 must not exceed"),
         (["--recipe", "nonsense"], "--recipe nonsense is neither a file nor"),

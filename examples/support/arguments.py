@@ -24,6 +24,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 # of timm.scheduler, which returns no scheduler at all for a name that it does not know; plateau steps by epochs
 SCHEDULES = ("constant", "cosine", "multistep", "poly", "rsqrt", "step", "tanh", "wsd")
 TRACKERS = tuple(str(name) for name in LoggerType)
+# flags without a default, which a recipe gives
+NEEDED = ("backbone", "img_size", "batch_size", "epochs", "opt", "lr", "sched", "scale")
 
 # what may differ between a run and the one that goes on from its checkpoint, without a change of what is learned
 FREE_TO_CHANGE = frozenset((
@@ -143,7 +145,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     recipe = _read_recipe(first, parser)
     if first.plain:
         recipe.pop("answer", None)  # meant for S3N
-    if first.backbone not in (None, recipe["backbone"]):
+        given = sorted(first.model_kwargs.keys() - {"backbone_args"})
+        if given:
+            parser.error(f"--plain has no {given[0]}: --model-kwargs may give backbone_args alone.")
+    if first.backbone not in (None, recipe.get("backbone")):
         for name in ("model_kwargs", "pretrained_path"):  # meant for the recipe's own backbone
             recipe.pop(name, None)
     if first.pretrained is False:
@@ -169,6 +174,9 @@ def _read_recipe(args: argparse.Namespace, parser: argparse.ArgumentParser) -> d
     for key in recipe:
         if key not in vars(args):
             parser.error(f"{path} sets {key!r}, which is no flag of this script: see --help.")
+    missing = [name for name in NEEDED if name not in recipe and getattr(args, name) is None]
+    if missing:
+        parser.error(f"{path} lacks {', '.join(missing)}: give what it builds on, such as base: own.")
     return recipe
 
 

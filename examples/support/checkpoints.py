@@ -155,8 +155,10 @@ def _digest(path: Path) -> str:
 
 
 def _list_files(folder: Path) -> dict[str, Path]:
+    """Files of a checkpoint by name: without the manifest, and without a config.json by which timm loads the folder."""
     paths = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    return {path.relative_to(folder).as_posix(): path for path in paths if path.name != MANIFEST}
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: path for name, path in names.items() if name not in (MANIFEST, "config.json")}
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -200,11 +202,7 @@ def save_checkpoint(
 def set_aside_diverged(output: Path, update: int, accelerator: Accelerator) -> None:
     """Rename the checkpoint whose next update's loss was not finite: no lower rate could save that update."""
     accelerator.wait_for_everyone()
-    folder = output / "checkpoints" / f"update-{update - 1}"
-    if accelerator.is_main_process and folder.is_dir():
-        aside = folder.with_name(f"diverged-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+    _set_aside(output / "checkpoints" / f"update-{update - 1}", "diverged", accelerator)
 
 
 # reading
@@ -279,6 +277,9 @@ def find_checkpoint(output: Path, resume: str | None, trajectory: dict[str, Any]
         fault = find_fault(Path(resume), trajectory)
         if fault is not None:
             raise ValueError(f"--resume {resume} is refused: {fault}; name another checkpoint.")
+        if Path(resume).resolve().parent != (output / "checkpoints").resolve():
+            raise ValueError(f"--resume {resume} is refused: it is not of --output {output}. To leave a run as it is "
+                             "and go on in another folder, copy the whole folder and name the copy in both flags.")
         return Path(resume), list_changes(Path(resume), trajectory)
     refused: list[str] = []
     for folder in reversed(list_checkpoints(output)):
@@ -302,9 +303,32 @@ def load_checkpoint(folder: Path, progress: Progress, ema: ModelEmaV3 | None, ac
         if ema is not None:
             ema.module.load_state_dict(load_file(folder / EMA))
         accelerator.load_state(str(folder))  # Accelerate's own files, by weights_only=True
+        accelerator.step = 0  # of micro-steps in an update, whose number may have changed; a checkpoint is between two
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"Checkpoint {folder} cannot be loaded: {reason}") from error
+
+
+def set_aside_newer(output: Path, progress: Progress, accelerator: Accelerator) -> list[Path]:
+    """Rename the checkpoints after the one that a run goes on from, which a plain --resume would take; their new names.
+
+    The best epoch is forgotten with them: `best/` may hold weights of what they belong to.
+    """
+    newer = [folder for folder in list_checkpoints(output) if int(folder.name.partition("-")[2]) > progress.updates]
+    accelerator.wait_for_everyone()
+    aside = [_set_aside(folder, "abandoned", accelerator) for folder in newer]
+    accelerator.wait_for_everyone()
+    if newer:
+        progress.best, progress.best_epoch = -1.0, 0
+    return aside
+
+
+def _set_aside(folder: Path, why: str, accelerator: Accelerator) -> Path:
+    aside = folder.with_name(f"{why}-{folder.name}")
+    if accelerator.is_main_process and folder.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    return aside
 
 
 def refuse_pickled_shards(accelerator: Accelerator) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from multiprocessing import resource_tracker, util
 from pathlib import Path
 from types import FrameType
@@ -14,9 +15,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from accelerate.utils.environment import get_cpu_distributed_information
 
 RANKS = ("LOCAL_RANK", "RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+# processes wait for what one of them does alone, such as verifying a data set; NCCL would give up after ten minutes
+PATIENT = InitProcessGroupKwargs(timeout=timedelta(hours=3))
 
 
 def refuse_lone_process() -> None:

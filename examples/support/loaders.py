@@ -275,7 +275,7 @@ class TrainLoader:
 
         steps = self.args.grad_accum_steps
         batches = itertools.islice(passes(), update * steps, self.updates_per_epoch * steps)
-        return (send_to_device(batch, self.accelerator.device) for batch in batches)
+        return (send_to_device(batch, self.accelerator.device, non_blocking=True) for batch in batches)
 
 
 def create_eval_loader(

@@ -3,18 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
+import datasets
 import timm
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 import s3n_timm
+from s3n_timm.checkpoints import is_multi_label as is_multi_label_model
+from s3n_timm.checkpoints import known_label_names
+from s3n_timm.data import class_names, is_multi_label
 from s3n_timm.evaluation import UNITS, as_plain
 from s3n_timm.hub import count_parameters
-
-
-def has_peaks(model: nn.Module) -> bool:
-    return isinstance(model, s3n_timm.S3N) and model.config.attention == "sparse" and bool(model.warped)
+from s3n_timm.model import has_peaks
 
 
 def describe_model(model: nn.Module, data_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,4 +47,41 @@ def describe_results(
         model=as_plain(describe_model(model, data_config)),
         measures=measures,
         run=dict(run, processes=accelerator.num_processes, device=str(accelerator.device), versions=versions),
+    )
+
+
+def match_classes(
+        dataset: datasets.Dataset, model: nn.Module, data_name: str, weights: str, ignore_names: bool = False,
+) -> tuple[list[str], list[int]]:
+    """The name of each class of a model, and the model's class of each class of a data set.
+
+    Args:
+        dataset: with labels.
+        model: with a classifier.
+        data_name: what messages call the data set.
+        weights: what they call the model.
+        ignore_names: trust the order of the data set's classes, whatever their names.
+
+    Raises:
+        ValueError: the data set has other classes than the model, or one label an image where the model gives several.
+    """
+    names = list(map(str, class_names(dataset)))
+    if is_multi_label(dataset) != is_multi_label_model(model):
+        raise ValueError(f"--dataset {data_name} has one label an image and WEIGHTS any number, or the reverse.")
+    if len(names) != model.num_classes:
+        raise ValueError(
+            f"--dataset {data_name} has {len(names)} classes and WEIGHTS {weights} has {model.num_classes}: take the "
+            "data set that it was trained for."
+        )
+    stated = known_label_names(model)
+    known = [stated.get(index, name) for index, name in enumerate(names)]
+    if ignore_names or known == names:
+        return names, list(range(len(names)))
+    if sorted(known) == sorted(set(names)):
+        return known, [known.index(name) for name in names]
+    missing = sorted(set(names) - set(known)) or names
+    raise ValueError(
+        f"--dataset {data_name} names its classes otherwise than WEIGHTS {weights}, which has no "
+        f"{missing[0]!r} ({len(missing)} of {len(names)} names differ). If the classes are the same in the same order, "
+        "evaluate.py --ignore-names takes them as they are."
     )

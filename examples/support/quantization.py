@@ -26,7 +26,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from rich.console import Console
 from rich.table import Table
 from support.files import replacing_file
-from torch import Tensor
+from support.measuring import match_classes
+from torch import Tensor, nn
 
 from s3n_timm.data import is_multi_label, load, store_images
 
@@ -50,25 +51,23 @@ class Images(CalibrationDataReader):
 def load_labeled(
         args: argparse.Namespace,
         split: str,
-        count: int | None,
-        num_classes: int,
+        count: int,
+        model: nn.Module,
         read: Callable[[Any], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Images, preprocessed by `read`, and labels of a split; `count` of them drawn at random, where it has more."""
     options: dict[str, Any] = {}
     if args.dataset == "birds":
-        options = dict(num_images=count or 200, num_classes=num_classes)
+        options = dict(num_images=count, num_classes=model.num_classes)
     dataset = load(args.dataset, args.data_dir, split, **options)
     if is_multi_label(dataset):
         raise ValueError(f"--dataset {args.dataset} has several labels an image: quantization is measured by top-1.")
-    classes = len(dataset.features["label"].names)
-    if classes != num_classes:
-        raise ValueError(f"--dataset {args.dataset} has {classes} classes, WEIGHTS {args.weights} has {num_classes}.")
+    _, classes = match_classes(dataset, model, args.dataset, args.weights)
     if not len(dataset):
         raise ValueError(f"--dataset {args.dataset} has no image in its {split} split.")
-    dataset = dataset.shuffle(seed=0).select(range(min(count or len(dataset), len(dataset))))
+    dataset = dataset.shuffle(seed=0).select(range(min(count, len(dataset))))
     images = torch.stack([read(row["image"]) for row in store_images(dataset)])
-    return images, torch.tensor(dataset["label"][:])
+    return images, torch.tensor(classes)[torch.tensor(dataset["label"][:])]
 
 
 class Int8Data(NamedTuple):
@@ -79,7 +78,7 @@ class Int8Data(NamedTuple):
     labels: Tensor
 
 
-def load_int8_data(args: argparse.Namespace, num_classes: int, read: Callable[[Any], Tensor]) -> Int8Data:
+def load_int8_data(args: argparse.Namespace, model: nn.Module, read: Callable[[Any], Tensor]) -> Int8Data:
     """`read` preprocesses an image as a data set stores it.
 
     Raises:
@@ -87,8 +86,8 @@ def load_int8_data(args: argparse.Namespace, num_classes: int, read: Callable[[A
     """
     calibration = None
     if args.int8 == "static":
-        calibration, _ = load_labeled(args, "train", args.num_calibration, num_classes, read)
-    return Int8Data(calibration, *load_labeled(args, "test", args.num_test, num_classes, read))
+        calibration, _ = load_labeled(args, "train", args.num_calibration, model, read)
+    return Int8Data(calibration, *load_labeled(args, "test", args.num_test, model, read))
 
 
 def list_nodes(model: onnx.ModelProto, kinds: tuple[str, ...]) -> list[str]:

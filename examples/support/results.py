@@ -30,6 +30,7 @@ from s3n_timm.evaluation import (
     summarize_labels,
 )
 from s3n_timm.images import image_mode, input_config
+from s3n_timm.model import has_peaks
 
 Measure = Callable[[Any], dict[str, Tensor]]
 
@@ -82,16 +83,16 @@ def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[st
     if run.multi_label:
         *outputs, labels = rows["columns"].cpu().unbind(1)
         return {name: 100 * mean_average_precision(logits, labels) for name, logits in zip(names, outputs)}
-    return dict(zip(names, (100 * rows["columns"].double().mean(0)).tolist()))
+    return dict(zip(names, (100 * rows["columns"].cpu().double().mean(0)).tolist()))
 
 
 def export_backbone(run: Run, best: nn.Module, test: Any) -> dict[str, float] | None:
     """Write the O branch of the best weights as a plain timm model; its accuracy as others will load it.
 
-    None where the network has no O branch, or a signal stopped the evaluation.
+    Empty where the network has no O branch, None where a signal stopped the evaluation.
     """
     if not isinstance(best, S3N) or "O" not in best.config.branches:
-        return None
+        return {}
     with replacing(run.args.output / "backbone", run.accelerator) as folder:
         if run.accelerator.is_main_process:
             s3n_timm.save(s3n_timm.extract_backbone(best), folder, label_names=run.names, data_config=None)
@@ -139,7 +140,7 @@ def measure_for_card(run: Run, kind: str, test: Any) -> bool:
 
 def draw_picture(run: Run, best: nn.Module, image: Tensor) -> None:
     """Draw what the best weights see in a 3×H×W test image, where they have peaks."""
-    if not isinstance(best, S3N) or best.config.attention != "sparse" or not best.warped:
+    if not isinstance(best, S3N) or not has_peaks(best):
         return
     figure = draw_explanation(best.eval(), image.cpu(), run.data_config["mean"], run.data_config["std"], run.names)
     path = run.args.output / "picture.png"
@@ -163,6 +164,8 @@ def finish_training(run: Run, test: Any, test_loader: Any) -> bool:
     top1.setdefault("best", top1["last"])  # the same weights, where the last epoch is the best
     best = timm.create_model(f"local-dir:{output / 'best'}", pretrained=True)
     backbone = export_backbone(run, best, test)
+    if backbone is None:
+        return True
     image = next(iter(test_loader))["image"][0]
     if not all(measure_for_card(run, kind, test) for kind in pushed(run.args)):
         return True
@@ -170,20 +173,20 @@ def finish_training(run: Run, test: Any, test_loader: Any) -> bool:
         return False
     key = "map" if run.multi_label else "top1"
     results: dict[str, Any] = {f"test_{key}": top1, "args": vars(run.args)}
-    if backbone is not None:
+    if backbone:
         results[f"backbone_{key}"] = backbone["joint"]
     with explaining_output(output):
         replace_text(output / "results.json", json.dumps(results, default=str))
     table = Table("branch", *top1, title=f"{run.metric} % on the test split")
     for branch in top1["last"]:
         table.add_row(branch, *(f"{result[branch]:.1f}" for result in top1.values()))
-    if backbone is not None:
+    if backbone:
         table.add_row("backbone/ alone", *(f"{backbone['joint']:.1f}" if kind == "best" else "" for kind in top1))
     if not run.multi_label:
         table.add_row("chance", *[f"{100 / len(run.names):.1f}"] * len(top1))
     Console().print(table)
     draw_picture(run, best, image)
     print(f'Load it: import s3n_timm, timm; timm.create_model("local-dir:{output / "best"}", pretrained=True)')
-    if backbone is not None:
+    if backbone:
         print(f'Its backbone, without s3n_timm: timm.create_model("local-dir:{output / "backbone"}", pretrained=True)')
     return False

@@ -62,7 +62,8 @@ class SnapMix:
             if backbone is self.model:
                 features = self.head.to_map(features, images.shape[-2:])
             maps = self.head.response_maps(backbone, features).float()
-        own = resize_maps(maps[torch.arange(len(labels)), labels][:, None], images.shape[-2:])[:, 0]
+        chosen = maps[torch.arange(len(labels), device=labels.device), labels]
+        own = resize_maps(chosen[:, None], images.shape[-2:])[:, 0]
         own = own - own.amin((1, 2), keepdim=True)
         total = own.sum((1, 2), keepdim=True)
         # a constant map tells nothing: every pixel counts alike

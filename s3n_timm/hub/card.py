@@ -19,7 +19,7 @@ from ..checkpoints import check_regular_file, is_multi_label
 from ..evaluation import INTERVAL, result_tables
 from ..heads import evaluating
 from ..images import image_mode, input_config
-from ..model import S3N
+from ..model import S3N, has_peaks
 
 PAPER = "https://openaccess.thecvf.com/content_ICCV_2019/html/Ding_Selective_Sparse_Sampling_for_Fine-Grained_Image_Recognition_ICCV_2019_paper.html"
 CITATION = """@inproceedings{ding2019selective,
@@ -254,10 +254,6 @@ def _what_it_is(model: nn.Module) -> str:
     )
 
 
-def _has_peaks(model: S3N) -> bool:
-    return model.config.attention == "sparse" and bool(model.warped)
-
-
 def _model_table(model: nn.Module, config: Mapping[str, Any], label_names: Sequence[str] | None) -> str:
     channels, height, width = config["input_size"]
     macs = count_macs(model, config["input_size"]) / 1e9
@@ -271,7 +267,7 @@ def _model_table(model: nn.Module, config: Mapping[str, Any], label_names: Seque
             ("attention", model.config.attention),
             ("preset", model.config.preset),
         ]
-        if _has_peaks(model):
+        if has_peaks(model):
             with evaluating([model]):
                 rows.append(("partition of peaks in eval mode", model.partition))
     names = "named in `config.json`" if label_names else "without names"
@@ -428,6 +424,6 @@ def _limits(model: nn.Module, measured: Mapping[str, Any] | None, further: Seque
             known.append(f"It runs the backbone {passes} times: as many times the cost of the plain network.")
         known.append(
             "Response maps show what the network used, which need not be the parts that tell the classes apart.")
-        if _has_peaks(model):
+        if has_peaks(model):
             known.append("Peaks come from a coarse feature map; with small inputs there is little to choose from.")
     return "## Limits\n\n" + "\n".join(f"- {' '.join(line.split())}" for line in [*known, *further])
