@@ -296,7 +296,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=args.log_with or None,
         project_dir=args.output,
         dynamo_plugin=TorchDynamoPlugin(backend=args.torchcompile) if args.torchcompile else None,
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),  # where memory is pinned
         kwargs_handlers=[PATIENT],
     )
     if accelerator.gradient_accumulation_steps != args.grad_accum_steps:
@@ -394,7 +394,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
             load_checkpoint(checkpoint, progress, ema, accelerator)
         aside = [] if args.resume == "auto" else set_aside_newer(args.output, progress, accelerator)
         if aside:
-            accelerator.print(f"Newer checkpoints are {', '.join(path.name for path in aside)} from here on.")
+            accelerator.print(f"Newer checkpoints were renamed: {', '.join(path.name for path in aside)}.")
         scheduler.step_update(progress.updates)
         accelerator.print(f"Resumed from {checkpoint} after {progress.epoch} epochs and {progress.updates} updates.")
 

@@ -159,7 +159,7 @@ class Classifier:
         # weights that Accelerate keeps elsewhere are meta tensors here: its hooks move the input themselves
         floating = (each for each in self.model.parameters() if each.is_floating_point() and not each.is_meta)
         weight = next(floating, x)
-        return x.to(weight.device, weight.dtype, non_blocking=True)
+        return x.to(weight.device, weight.dtype, non_blocking=x.is_pinned())
 
     @torch.inference_mode()
     def explain(self, image: ImageLike) -> Explanation:

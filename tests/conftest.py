@@ -3,7 +3,6 @@ import os
 import pytest
 import torch
 
-
 # what takes a minute and more begins first, longest first, so that pytest's processes end together
 LONGEST = ("interruption", "processes", "export", "hub", "demo", "train", "model", "timm", "heads", "predict_script",
            "loading", "original", "draw", "evaluate", "push", "losses", "install", "tour")

@@ -178,10 +178,11 @@ def runs_forked() -> Iterator[None]:
         yield
 
 
-def train(*args: object, processes: int = 1, ok: bool = True, **environment: str) -> str:
-    """train.py on few drawn birds: in this process, or in several of their own."""
+def train(*args: object, processes: int = 1, ok: bool = True, picture: bool = False, **environment: str) -> str:
+    """train.py on few drawn birds: in this process, by default without the picture at its end, or in several."""
     if processes == 1:
-        return call("train.py", *SMALL, *args, ok=ok, **environment)
+        with contextlib.nullcontext() if picture else mock.patch("support.results.draw_picture"):
+            return call("train.py", *SMALL, *args, ok=ok, **environment)
     return Forked("train.py", *SMALL, *args, processes=processes, **environment).end(ok)
 
 

@@ -1,7 +1,6 @@
 """examples/train.py gives the same weights however an update's images are divided."""
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from helpers import EXAMPLES, SMALL, Forked, free_port, largest_difference, run, train
+from helpers import EXAMPLES, SMALL, Forked, free_port, largest_difference, train
 from support.sync_bn import synchronize
 from torch import nn
 
@@ -99,14 +98,15 @@ def test_fsdp_trains_to_the_same_weights_and_resumes(alone, tmp_path):
     script = [Path(__file__).with_name("fsdp_on_cpu.py"), EXAMPLES / "train.py", *SMALL, *ARGS, "--freeze-bn",
               "--output", output]
     launch, script = list(map(str, launch)), list(map(str, script))
-    text = run([sys.executable, "-m", "accelerate.commands.launch", *launch, *script])
+    launched, *_ = _validate_launch_command(launch_command_parser().parse_args([*launch, *script]))
+    environment = prepare_multi_gpu_env(launched)
+    text = Forked(*script, processes=2, **environment).end()
     assert "16 images an update, 2 process(es)" in text
     assert largest_difference(output, alone) < 1e-4
     for path in (output / "checkpoints" / "update-20").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    launched, *_ = _validate_launch_command(launch_command_parser().parse_args([*launch, *script]))
-    text = Forked(*script, "--resume", processes=2, **prepare_multi_gpu_env(launched)).end()
+    text = Forked(*script, "--resume", processes=2, **environment).end()
     assert "Resumed from" in text
     assert "after 1 epochs and 10 updates" in text
     assert largest_difference(output, alone) < 1e-4

@@ -70,7 +70,7 @@ def resumed(hub, finished):
     repositories = ("alice/whole", "alice/plain")
     if repositories[0] not in hub.repositories:
         train(*SHORT, "--output", finished, "--resume", "--hub-private",
-              "--push-to-hub", repositories[0], "--push-backbone", repositories[1])
+              "--push-to-hub", repositories[0], "--push-backbone", repositories[1], picture=True)
     return repositories
 
 

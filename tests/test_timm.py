@@ -56,8 +56,11 @@ def test_forward(name, model):
 
 
 def test_backward(name):
-    model = build(name, num_classes=42).train()
-    outputs = model(image(name))
+    """Of grey images and of four channels by turns; traced models, below, learn from three."""
+    chans = (1, 4)[NAMES.index(name) % 2]
+    model = build(name, num_classes=42, in_chans=chans).train()
+    assert model.in_chans == chans
+    outputs = model(image(name, chans))
     assert isinstance(outputs, s3n_timm.S3NLogits)
     joined = torch.cat(outputs)
     joined.mean().backward()
@@ -152,17 +155,6 @@ def test_forward_intermediates(name, model):
         msg="checkpointing changes the intermediates",
     )
     model.set_grad_checkpointing(False)
-
-
-def test_in_chans(name):
-    chans = (1, 4)[NAMES.index(name) % 2]
-    model = build(name, num_classes=5, in_chans=chans).train()
-    assert model.in_chans == chans
-    outputs = torch.cat(model(image(name, chans)))
-    outputs.mean().backward()
-    assert outputs.shape == (4 * BATCH, 5)
-    assert outputs.isfinite().all()
-    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("each", NAMES)

@@ -24,7 +24,7 @@ from s3n_timm.images import input_config
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     output = tmp_path_factory.mktemp("train") / "run"
-    return output, train("--epochs", 2, "--model-ema", "--output", output)
+    return output, train("--epochs", 2, "--model-ema", "--output", output, picture=True)
 
 
 def test_run_leaves_weights_results_and_a_table(trained):

@@ -275,7 +275,8 @@ class TrainLoader:
 
         steps = self.args.grad_accum_steps
         batches = itertools.islice(passes(), update * steps, self.updates_per_epoch * steps)
-        return (send_to_device(batch, self.accelerator.device, non_blocking=True) for batch in batches)
+        device = self.accelerator.device
+        return (send_to_device(batch, device, non_blocking=device.type == "cuda") for batch in batches)
 
 
 def create_eval_loader(
