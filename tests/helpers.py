@@ -95,6 +95,8 @@ FORKS.set_forkserver_preload(["accelerate", "datasets", "s3n_timm", "scipy.stats
 
 def _become(script: str, argv: list[str], environment: dict[str, str], log: str) -> None:
     """Be a script, in a new process."""
+    # workers of its loaders would come from a server of their own, which imports everything once more
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(environment)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
