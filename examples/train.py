@@ -414,6 +414,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
         stopped = stopped or finish_epoch(run, epoch, train_loader, val_loader, started)
         if stopped:
             break
+    train_loader.close()
     stopped = stopped or finish_training(run, splits["test"], test_loader)
     if stopped:
         run.say_stopped()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,7 @@ def test_averaged_weights_are_kept_beside_the_live_ones(trained):
 def test_a_seed_repeats_a_run_and_another_does_not(trained, tmp_path):
     train("--epochs", 2, "--model-ema", "--workers", 2, "--output", tmp_path / "same")
     assert all(torch.equal(a, b) for a, b in zip(weights(trained[0]).values(), weights(tmp_path / "same").values()))
+    assert not multiprocessing.active_children(), "workers that nobody ends"
     train("--epochs", 2, "--seed", 7, "--output", tmp_path / "other")
     ours, theirs = weights(trained[0]), weights(tmp_path / "other")
     assert not torch.equal(ours["fusion.weight"], theirs["fusion.weight"])

@@ -250,6 +250,15 @@ class TrainLoader:
         self.sampler.epoch, self.sampler.start = epoch, update * self.images_per_update
         return iter(self.loader)
 
+    def close(self) -> None:
+        """End the workers that live on between epochs.
+
+        Left to the garbage collector, which may end their queues first, they never hear that they are done.
+        """
+        iterator = None if self.args.streaming else self.loader._iterator
+        if iterator is not None and self.args.workers:
+            iterator._shutdown_workers()
+
     def _stream(self, epoch: int, update: int) -> Iterator[dict[str, Tensor]]:
         """Pass after pass over this process's part of the stream; what the epoch has read is read again and dropped."""
 
