@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-COMPLEMENTS = ("peaks", "shrink", "erase")
+COMPLEMENTS = ("peaks", "shrink")
 
 # Below this a peak's value is taken as this: 1/R and the Gaussian's width stay finite in float32.
 MIN_PEAK = 1e-6

@@ -112,8 +112,7 @@ class S3N(nn.Module):
         starts = dict(discriminative=config.beta_discriminative, complementary=config.beta_complementary)
         self.beta = nn.ParameterDict({
             branch: nn.Parameter(torch.tensor([float(starts[branch])]))
-            for branch in self.warped
-            if config.attention == "sparse" and not (branch == "complementary" and config.complement == "erase")
+            for branch in self.warped if config.attention == "sparse"
         })
         self.neck = nn.ModuleDict({
             branch: _create_neck(self.num_features) for branch in self.warped if config.neck == "conv"

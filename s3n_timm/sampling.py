@@ -17,7 +17,6 @@ from .response import gate_response, normalize_response, resize_maps
 BRANCHES = ("discriminative", "complementary")
 ATTENTIONS = ("sparse", "response", "saliency")
 BORDERS = ("replicate", "reflect")
-ERASED = 0.2  # radius of the place that complement="erase" blanks, of the grid's side
 
 
 class _Axis(NamedTuple):
@@ -237,8 +236,7 @@ def sample_response(
         attention: `"sparse"`: Gaussians around peaks; `"response"`: Q = floor + R, dense; `"saliency"`: Q = floor +
             the response as it is, not normalized and with its gradient, no peaks.
         complement: what the complementary image shows: `"peaks"`: magnified weak peaks, as in the paper; `"shrink"`:
-            all but the strongest peak, by `complementary_map`; `"erase"`: the image with the place of the strongest
-            peak blank (0, the mean color), not warped. For sparse attention.
+            all but the strongest peak, by `complementary_map`. For sparse attention.
         size: (H', W') of the warped images, read by `zoom`; the image's own, read by `resample`, if left out.
 
     The other arguments, the result and the errors are those of `selective_sample`.
@@ -268,14 +266,9 @@ def sample_response(
         betas = {"discriminative": beta_discriminative, "complementary": beta_complementary}
         axes = _warp_axes(grid_size, size or image.shape[-2:], fwhm, border, response.device)
         for branch in branches:
-            source, of_branch = image, weights.get(branch)
+            of_branch = weights.get(branch)
             if of_branch is None:
                 q = floor + (response if saliency is None else saliency)
-            elif branch == "complementary" and complement == "erase":
-                # a Gaussian has fallen to a half at 1 / 1.2 of its width
-                far = complementary_map(response, of_branch, 1.2 * ERASED * math.prod(grid_size) ** 0.5, floor)
-                kept = resize_maps((far - floor)[:, None], (image.shape[-2], image.shape[-1])) > 0.5
-                source, q = image * kept, torch.ones_like(response)
             else:
                 beta = betas[branch]
                 if beta is None:
@@ -285,7 +278,7 @@ def sample_response(
                 else:
                     q = sampling_map(response, of_branch, beta, branch, floor)
             grid = _warp(q, *axes, kernel, border)
-            warped = zoom(source, grid) if size else resample(source, grid)
+            warped = zoom(image, grid) if size else resample(image, grid)
             samples[branch] = BranchSample(warped, grid, q, of_branch)
     return SelectiveSample(response, peaks, *(samples.get(branch) for branch in BRANCHES))
 

@@ -21,7 +21,6 @@ MODELS = {
     "tokens": dict(backbone="test_vit", img_size=64, backbone_args=dict(global_pool="avg")),
     "response": dict(attention="response"),
     "saliency": dict(attention="saliency"),
-    "erase": dict(complement="erase"),
     "shrink": dict(complement="shrink", border="reflect"),
     "zoom": dict(scan_size=32, zoom_size=48),
     "random partition": dict(partition_train="random", partition_eval="probability"),
@@ -106,7 +105,7 @@ def test_the_default_device_is_not_asked(name):
     assert torch.equal(logits, expected)
 
 
-@pytest.mark.parametrize("options", [{}, dict(scan_size=32, zoom_size=48), dict(complement="erase")])
+@pytest.mark.parametrize("options", [{}, dict(scan_size=32, zoom_size=48)])
 def test_channels_last_is_read_in_both_passes(options):
     """By the backbone and all of its convolutions."""
     model = build("paper", **options).to(memory_format=torch.channels_last)
