@@ -22,7 +22,7 @@ from rich.console import Console
 from support.files import replace_text
 from support.launching import PATIENT, count_default_workers, exiting_on, refuse_lone_process, use_cpu_threads
 from support.loaders import hold_out, spread_over
-from support.measuring import describe_results, has_peaks, match_classes
+from support.measuring import describe_results, match_classes
 from support.progress import progress
 from support.reports import draw_picture, report, report_labels, write_files
 from timm.data import MultiLabelTarget, create_transform
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import s3n_timm
+from s3n_timm.checkpoints import has_peaks
 from s3n_timm.config import ANSWERS
 from s3n_timm.data import is_multi_label, load, part_names, read_stored, store_images
 from s3n_timm.early_exit import choose_exit_entropy

@@ -209,7 +209,7 @@ def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
         if not accelerator.sync_gradients:
             continue
         progress.updates += 1
-        exchange.send(total / args.grad_accum_steps, max(group["lr"] for group in optimizer.param_groups))
+        exchange.send(total / args.grad_accum_steps, run.rate)
         total = torch.zeros_like(total)
         run.scheduler.step_update(progress.updates)  # not prepared by Accelerate, which would step it once a process
         if run.ema is not None:
@@ -249,8 +249,7 @@ def finish_epoch(run: Run, epoch: int, loader: TrainLoader, val_loader: Any, sta
             top1[name] = result
     loss = progress.loss / loader.updates_per_epoch
     progress.epoch, progress.loss = epoch + 1, 0.0
-    rate = max(group["lr"] for group in run.optimizer.param_groups)
-    row: dict[str, float] = dict(epoch=progress.epoch, loss=loss, lr=rate)
+    row: dict[str, float] = dict(epoch=progress.epoch, loss=loss, lr=run.rate)
     head = f"epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}"
     for name, metrics in top1.items():
         text = ", ".join(f"{branch} {value:.1f}" for branch, value in metrics.items())
@@ -272,7 +271,8 @@ def finish_epoch(run: Run, epoch: int, loader: TrainLoader, val_loader: Any, sta
     if accelerator.is_main_process:
         write_summary(args.output / "summary.csv", progress.history)
     if args.log_with:
-        accelerator.log({name: row[name] for name in row.keys() - {"epoch", "loss", "lr"}}, step=progress.updates)
+        accelerator.log({name: value for name, value in row.items() if name.startswith(run.watched)},
+                        step=progress.updates)
     run.save()
     return False
 

@@ -23,8 +23,8 @@ from timm.models import PretrainedCfg, get_model_args
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from .backbones import MAX_BUILT_SIZE
 from .config import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE, check_count
-from .heads import MAX_BUILT_SIZE
 from .model import S3N
 
 _logger = logging.getLogger(__name__)
@@ -57,6 +57,11 @@ def is_multi_label(model: nn.Module) -> bool:
     if isinstance(model, S3N):
         return model.config.multi_label
     return MULTI_LABEL in ((getattr(model, "pretrained_cfg", None) or {}).get("notes") or ())
+
+
+def has_peaks(model: nn.Module) -> bool:
+    """Whether a model warps images around peaks: an S3N with sparse attention and a warped branch."""
+    return isinstance(model, S3N) and model.config.attention == "sparse" and bool(model.warped)
 
 
 def mark_multi_label(model: Any) -> None:

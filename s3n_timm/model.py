@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from timm.models import get_model_input_config, get_model_traits
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
+from .backbones import Backbone, create_backbone, explain_refusal
 from .config import MAX_CHANNELS, MAX_CLASSES, STRUCTURE, S3NConfig, check_choice, check_count, check_number
-from .heads import Backbone, classify_maps, create_backbone, explain_refusal, inspect_head
+from .heads import classify_maps, create_neck, inspect_head
 from .multiscale import scan
 from .outputs import Explanation, S3NLogits, mean_answer
 from .sampling import BRANCHES, SelectiveSample, gaussian_kernel, in_float32, sample_response
@@ -23,11 +24,6 @@ for _function in (sample_response, scan):
 
 GATE_OPTIONS = ("grid_size", "gate_scores", "threshold", "topk", "gate")
 SAMPLE_OPTIONS = ("attention", "grid_size", "window", "peak_floor", "floor", "fwhm", "border", "complement")
-
-
-def has_peaks(model: nn.Module) -> bool:
-    """Whether a model warps images around peaks: an S3N with sparse attention and a warped branch."""
-    return isinstance(model, S3N) and model.config.attention == "sparse" and bool(model.warped)
 
 
 class S3N(nn.Module):
@@ -115,7 +111,7 @@ class S3N(nn.Module):
             for branch in self.warped if config.attention == "sparse"
         })
         self.neck = nn.ModuleDict({
-            branch: _create_neck(self.num_features) for branch in self.warped if config.neck == "conv"
+            branch: create_neck(self.num_features) for branch in self.warped if config.neck == "conv"
         })
         if config.attention == "saliency" and self.warped:
             self.saliency = nn.Conv2d(self.num_features, 1, 1)
@@ -135,18 +131,15 @@ class S3N(nn.Module):
             img_size=traits.get("img_size"),
             fixed_input_size=traits.get("fixed_input_size", False),
         )
-        self.pretrained_cfg = dict(self.backbone_cfg(getattr(self.backbone, "pretrained_cfg", {})), architecture="s3n")
-        self.default_cfg = self.pretrained_cfg
-
-    def backbone_cfg(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
-        """The backbone's own timm config, with its names as they are inside this model."""
-        classifiers = [_prefixed(self.head.classifier), *(f"classifier.{branch}" for branch in self.classifier)]
-        return dict(
+        cfg = getattr(self.backbone, "pretrained_cfg", {})
+        self.pretrained_cfg = dict(  # the backbone's, with its names as they are inside this model
             cfg,
+            architecture="s3n",
             input_size=get_model_input_config(self.backbone)["input_size"],
             first_conv=_prefixed(cfg.get("first_conv")),
-            classifier=(*classifiers, "fusion"),
+            classifier=(_prefixed(self.head.classifier), *(f"classifier.{name}" for name in self.classifier), "fusion"),
         )
+        self.default_cfg = self.pretrained_cfg
 
     # the forward path, in the order of figure 2
 
@@ -270,11 +263,10 @@ class S3N(nn.Module):
         if self.num_classes == 0:
             return self.forward_head(self.forward_features(x))
         wants_branches = self.training if self._branch_logits is None else self._branch_logits
-        branches = self.warped if wants_branches or self.training else self.answering
-        logits, _, _ = self.forward_branches(x, keep_sample=False, branches=branches)
-        if wants_branches:
-            return logits
-        return self.decide(logits, "joint" if self.training else None)
+        if not (wants_branches or self.training):
+            return self.answer(x)
+        logits, _, _ = self.forward_branches(x, keep_sample=False)
+        return logits if wants_branches else self.decide(logits, "joint")
 
     @property
     def answering(self) -> tuple[str, ...]:
@@ -443,14 +435,6 @@ class S3N(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's activations in the backward pass instead of storing them."""
         self.backbone.set_grad_checkpointing(enable)
-
-
-def _create_neck(width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-    )
 
 
 def _read_partition_phase(model: S3N, _: Any) -> None:

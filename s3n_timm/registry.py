@@ -17,6 +17,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cf
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
+from .backbones import Backbone
 from .checkpoints import (
     CLASSIFIERS,
     WEIGHTS,
@@ -33,7 +34,6 @@ from .checkpoints import (
     read_header,
 )
 from .config import OPTIONS
-from .heads import Backbone
 from .hub.download import verified_cfg
 from .model import S3N
 

@@ -165,7 +165,11 @@ def list_checkpoints(output: Path) -> list[Path]:
     """Folders named exactly `update-NUMBER`, oldest first; anything else there is the user's."""
     folders = (output / "checkpoints").glob("update-*")
     mine = [path for path in folders if re.fullmatch(r"update-(0|[1-9][0-9]*)", path.name) and path.is_dir()]
-    return sorted(mine, key=lambda path: int(path.name.partition("-")[2]))
+    return sorted(mine, key=_count_updates)
+
+
+def _count_updates(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def save_checkpoint(
@@ -314,7 +318,7 @@ def set_aside_newer(output: Path, progress: Progress, accelerator: Accelerator) 
 
     The best epoch is forgotten with them: `best/` may hold weights of what they belong to.
     """
-    newer = [folder for folder in list_checkpoints(output) if int(folder.name.partition("-")[2]) > progress.updates]
+    newer = [folder for folder in list_checkpoints(output) if _count_updates(folder) > progress.updates]
     accelerator.wait_for_everyone()
     aside = [_set_aside(folder, "abandoned", accelerator) for folder in newer]
     accelerator.wait_for_everyone()

@@ -10,12 +10,11 @@ from accelerate import Accelerator
 from torch import nn
 
 import s3n_timm
+from s3n_timm.checkpoints import has_peaks, known_label_names
 from s3n_timm.checkpoints import is_multi_label as is_multi_label_model
-from s3n_timm.checkpoints import known_label_names
 from s3n_timm.data import class_names, is_multi_label
 from s3n_timm.evaluation import UNITS, as_plain
 from s3n_timm.hub import count_parameters
-from s3n_timm.model import has_peaks
 
 
 def describe_model(model: nn.Module, data_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import s3n_timm
 from s3n_timm import S3N
+from s3n_timm.checkpoints import has_peaks
 from s3n_timm.draw import draw_explanation
 from s3n_timm.evaluation import (
     mean_average_precision,
@@ -30,7 +31,6 @@ from s3n_timm.evaluation import (
     summarize_labels,
 )
 from s3n_timm.images import image_mode, input_config
-from s3n_timm.model import has_peaks
 
 Measure = Callable[[Any], dict[str, Tensor]]
 

@@ -46,6 +46,11 @@ class Run:
         return unwrap(self.model, self.accelerator)
 
     @property
+    def rate(self) -> float:
+        """The learning rate of new layers: those of the backbone and of beta are parts of it."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
     def watched(self) -> str:
         """The split that is evaluated after an epoch."""
         return "val" if self.args.val_fraction or self.args.val_split else "test"

@@ -69,12 +69,11 @@ def measure_batch(model: nn.Module, batch: Records) -> dict[str, Tensor]:
         Tensors of B rows. Always: `index`, `label`, `logits` B×C of the model's answer, and for that, as `answer`, and
         each output of the model `prediction_…` and `top5_…`, the label is among the five best. Of an S3N: `mean`, the
         answer of all its outputs together; with an O branch `entropy`, of its probabilities, and `warped`, the warped
-        images that its answer reads; with peaks `peaks`. With
-        boxes: `boxed`; of an S3N `iou_…` and `normalized_iou_…` of each branch and, under `joint`, of their sum;
-        `hits`; `object_…` and `background_…`, the magnification by each warp. With parts: `part_visible` and
-        `part_measured` B×P; of an S3N `strongest` and `weakest`, the part next to that peak or -1; and
-        `part_magnification_…` B×P, 0 for a part that the warped image does not show and NaN for one that it shows
-        but that lies less than a pixel from the input's edge.
+        images that its answer reads; with peaks `peaks`. With boxes: `boxed`; of an S3N `iou_…` and
+        `normalized_iou_…` of each branch and, under `joint`, of their sum; `hits`; `object_…` and `background_…`, the
+        magnification by each warp. With parts: `part_visible` and `part_measured` B×P; of an S3N `strongest` and
+        `weakest`, the part next to that peak or -1; and `part_magnification_…` B×P, 0 for a part that the warped image
+        does not show and NaN for one that it shows but that lies less than a pixel from the input's edge.
     """
     image, label = batch["image"], batch["label"]
     seen = model.explain(image) if isinstance(model, S3N) else None

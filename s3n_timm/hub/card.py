@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..checkpoints import check_regular_file, is_multi_label
+from ..checkpoints import check_regular_file, has_peaks, is_multi_label
 from ..evaluation import INTERVAL, result_tables
 from ..heads import evaluating
 from ..images import image_mode, input_config
-from ..model import S3N, has_peaks
+from ..model import S3N
 
 PAPER = "https://openaccess.thecvf.com/content_ICCV_2019/html/Ding_Selective_Sparse_Sampling_for_Fine-Grained_Image_Recognition_ICCV_2019_paper.html"
 CITATION = """@inproceedings{ding2019selective,
