@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .response import in_float32
+
 COMPLEMENTS = ("peaks", "shrink")
 
 # Below this a peak's value is taken as this: 1/R and the Gaussian's width stay finite in float32.
@@ -76,7 +78,8 @@ def sampling_map(
     along_x = along_y if rows == columns else _squared_distances(columns, value.device)
     across_y = torch.exp(along_y[:, :, None] * falloff[:, None]) * height[:, None]
     across_x = torch.exp(along_x[:, None, :] * falloff[:, None])
-    return floor + across_y.flatten(2) @ across_x.flatten(2).transpose(1, 2)
+    with in_float32(value.device):
+        return floor + across_y.flatten(2) @ across_x.flatten(2).transpose(1, 2)
 
 
 def complementary_map(response: Tensor, strongest: Tensor, beta: Tensor | float, floor: float = 0.09) -> Tensor:

@@ -16,7 +16,8 @@ from .config import MAX_CHANNELS, MAX_CLASSES, STRUCTURE, S3NConfig, check_choic
 from .heads import classify_maps, create_neck, inspect_head
 from .multiscale import scan
 from .outputs import Explanation, S3NLogits, mean_answer
-from .sampling import BRANCHES, SelectiveSample, gaussian_kernel, in_float32, sample_response
+from .response import in_float32
+from .sampling import BRANCHES, SelectiveSample, gaussian_kernel, sample_response
 
 # these look at shapes and devices, which FX tracing cannot follow: it takes each as one node
 for _function in (sample_response, scan):

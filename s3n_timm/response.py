@@ -1,10 +1,19 @@
 """Class response maps and the entropy gate that merges them (paper eq. 1 to 3)."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 GATES = ("paper", "renormalized")
+
+
+def in_float32(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off; meta tensors have none."""
+    # torch.amp.is_autocast_available would ask for any device, but torch.compile of torch 2.6 to 2.8 can't trace it
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def class_response_maps(features: Tensor, classifier: nn.Linear | nn.Conv2d | Tensor) -> Tensor:
@@ -98,14 +107,15 @@ def gate_response(
         gate: see `gate_weights`.
 
     Returns:
-        B×h×w response: the top-1 map, or the sum of the top-k maps. `normalize_response` brings it to [0, 1].
+        B×h×w float32 response: the top-1 map, or the sum of the top-k maps. `normalize_response` brings it to [0, 1].
 
     Raises:
         ValueError: shapes don't agree, or `gate` is unknown.
     """
     if maps.ndim != 4 or maps.shape[:2] != scores.shape:
         raise ValueError(f"maps must be B×C×h×w for B×C scores, got {tuple(maps.shape)} and {tuple(scores.shape)}.")
-    return torch.einsum("bc,bchw->bhw", gate_weights(scores, threshold, topk, gate), maps.float())
+    with in_float32(maps.device):
+        return torch.einsum("bc,bchw->bhw", gate_weights(scores, threshold, topk, gate), maps.float())
 
 
 def project_response(
@@ -147,8 +157,9 @@ def project_response(
             f"features must be B×D×h×w, weight C×D and scores B×C, got {tuple(features.shape)}, "
             f"{tuple(weight.shape)} and {tuple(scores.shape)}."
         )
-    rows = gate_weights(scores, threshold, topk, gate) @ weight.float()
-    return torch.einsum("bd,bdhw->bhw", rows, features.float())
+    with in_float32(features.device):
+        rows = gate_weights(scores, threshold, topk, gate) @ weight.float()
+        return torch.einsum("bd,bdhw->bhw", rows, features.float())
 
 
 def resize_maps(maps: Tensor, grid_size: tuple[int, int]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from .attention import COMPLEMENTS, complementary_map, sampling_map
 from .multiscale import layout_of, read_border, zoom
 from .peaks import find_peaks, partition_peaks
-from .response import gate_response, normalize_response, resize_maps
+from .response import gate_response, in_float32, normalize_response, resize_maps
 
 BRANCHES = ("discriminative", "complementary")
 ATTENTIONS = ("sparse", "response", "saliency")
@@ -20,11 +19,20 @@ BORDERS = ("replicate", "reflect")
 
 
 class _Axis(NamedTuple):
-    """What warps along one axis, from G cells to H pixels: constants, which all branches share."""
+    """What warps along one axis, from G cells to H pixels."""
 
     mass: Tensor  # G×G, k ∗ Q
     shift: Tensor  # G×G, k ∗ (Q·(u - u_i))
     to_pixels: Tensor  # H×G, linear interpolation with aligned corners
+
+
+class _Warp(NamedTuple):
+    """The constants of a warp from a grid of cells to an image, which all branches share."""
+
+    y: _Axis
+    x: _Axis
+    cells: Tensor  # 2×G×G, coordinates (u, v) of the cells
+    pixels: Tensor  # 2×H×W, of the pixels
 
 
 def _axis_filters(cells: int, fwhm: float, border: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -100,7 +108,7 @@ def warp_grid(
             image; `"reflect"` mirrors the map, so that border pixels stay on the border and nothing is cropped.
 
     Returns:
-        B×H×W×2 grid of (x, y) in [-1, 1], the corners' centers at ±1.
+        B×H×W×2 float32 grid of (x, y) in [-1, 1], the corners' centers at ±1.
 
     Raises:
         ValueError: `sampling_map` is not B×G×G with G >= 2, `size` has no pixel, `fwhm` is not positive and finite,
@@ -113,14 +121,21 @@ def warp_grid(
     """
     if sampling_map.ndim != 3 or min(sampling_map.shape[1:]) < 2:
         raise ValueError(f"sampling_map must be B×G×G with at least 2 cells a side, got {tuple(sampling_map.shape)}.")
-    axes = _warp_axes(sampling_map.shape[1:], size, fwhm, border, sampling_map.device)
-    return _warp(sampling_map.float(), *axes, kernel, border)
+    with in_float32(sampling_map.device):
+        warp = _prepare_warp(sampling_map.shape[1:], size, fwhm, border, sampling_map.device)
+        return _warp(sampling_map.float(), warp, kernel, border)
 
 
-def _warp_axes(
+def _coordinates(size: Sequence[int], device: torch.device) -> Tensor:
+    """(x, y) of each cell or pixel as 2×H×W, the corners' centers at ±1."""
+    y, x = (torch.linspace(-1, 1, steps, device=device, dtype=torch.float32) for steps in size)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"))
+
+
+def _prepare_warp(
         grid_size: Sequence[int], size: Sequence[int], fwhm: float, border: str, device: torch.device,
-) -> tuple[_Axis, _Axis]:
-    """The axes in y and in x of a warp from a grid of cells to an image of (H, W) pixels."""
+) -> _Warp:
+    """What warps any map of so many cells to an image of (H, W) pixels."""
     if min(size) < 1:
         raise ValueError(f"size must be (H, W) of at least one pixel a side, got {tuple(size)}.")
     if not 0 < fwhm < math.inf:
@@ -130,22 +145,27 @@ def _warp_axes(
     rows, columns = grid_size
     filters_x = _axis_filters(columns, fwhm, border, device)
     filters_y = filters_x if rows == columns else _axis_filters(rows, fwhm, border, device)
-    return (_Axis(*filters_y, _interpolation(rows, size[0], device)),
-            _Axis(*filters_x, _interpolation(columns, size[1], device)))
+    return _Warp(
+        _Axis(*filters_y, _interpolation(rows, size[0], device)),
+        _Axis(*filters_x, _interpolation(columns, size[1], device)),
+        _coordinates(grid_size, device),
+        _coordinates(size, device),
+    )
 
 
-def _warp(q: Tensor, y: _Axis, x: _Axis, kernel: Tensor | None, border: str) -> Tensor:
+def _warp(q: Tensor, warp: _Warp, kernel: Tensor | None, border: str) -> Tensor:
     """Equation 8 along both axes: B×G×G to a B×H×W×2 grid."""
+    y, x, cells, pixels = warp
     if kernel is None:
         filtered_y = y.mass @ q
         mass = filtered_y @ x.mass.T
         f, g = filtered_y @ x.shift.T, y.shift @ q @ x.mass.T
     else:
         mass, f, g = _filter_dense(q, kernel, border)
-    v, u = (torch.linspace(-1, 1, cells, device=q.device, dtype=torch.float32) for cells in q.shape[1:])
-    grid = torch.stack([u + 2 * f / mass, v[:, None] + 2 * g / mass], dim=1).clamp(-1, 1)
-    # bilinear with aligned corners, as two products: forward and backward are faster so than F.interpolate
-    return (y.to_pixels @ grid @ x.to_pixels.T).permute(0, 2, 3, 1)
+    offset = (cells + torch.stack([f, g], dim=1) * (2 / mass)[:, None]).clamp(-1, 1) - cells
+    # bilinear with aligned corners, as two products: forward and backward are faster so than F.interpolate; and of
+    # offsets, not of coordinates, which are larger, so that products rounded to TF32 would move the grid by more
+    return (y.to_pixels @ offset @ x.to_pixels.T).add_(pixels).permute(0, 2, 3, 1)
 
 
 def resample(image: Tensor, grid: Tensor) -> Tensor:
@@ -174,12 +194,6 @@ def resample(image: Tensor, grid: Tensor) -> Tensor:
     # warp_grid spreads NaN over the whole grid, so that one number tells
     warped = read_border(image.float(), grid) + 0 * grid.detach()[:, :1, :1, :1]
     return warped.to(image.dtype, memory_format=layout_of(image))
-
-
-def in_float32(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off; meta tensors have none."""
-    # torch.amp.is_autocast_available would ask for any device, but torch.compile of torch 2.6 to 2.8 can't trace it
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def as_grid(grid_size: int | Sequence[int]) -> tuple[int, int]:
@@ -264,7 +278,7 @@ def sample_response(
             peaks = torch.zeros_like(response, dtype=torch.bool)
             weights = {}
         betas = {"discriminative": beta_discriminative, "complementary": beta_complementary}
-        axes = _warp_axes(grid_size, size or image.shape[-2:], fwhm, border, response.device)
+        warp = _prepare_warp(grid_size, size or image.shape[-2:], fwhm, border, response.device)
         for branch in branches:
             of_branch = weights.get(branch)
             if of_branch is None:
@@ -277,7 +291,7 @@ def sample_response(
                     q = complementary_map(response, of_branch, beta, floor)
                 else:
                     q = sampling_map(response, of_branch, beta, branch, floor)
-            grid = _warp(q, *axes, kernel, border)
+            grid = _warp(q, warp, kernel, border)
             warped = zoom(image, grid) if size else resample(image, grid)
             samples[branch] = BranchSample(warped, grid, q, of_branch)
     return SelectiveSample(response, peaks, *(samples.get(branch) for branch in BRANCHES))

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.overrides import TorchFunctionMode
 
-from s3n_timm import resample, sampling_map, selective_sample, warp_grid
+from s3n_timm import gate_response, project_response, resample, sampling_map, selective_sample, warp_grid
 from s3n_timm.peaks import PARTITION_MODES
 from s3n_timm.response import gate_weights, resize_maps
 from s3n_timm.sampling import BORDERS, sample_response
@@ -530,6 +531,41 @@ def test_autocast_changes_nothing(mode):
     for value, expected in zip(tensors(inside), tensors(outside), strict=True):
         assert value.dtype == (torch.bool if value is inside.peaks else torch.float32)
         assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("function", [
+    lambda maps, scores: gate_response(maps, scores, threshold=0),
+    lambda maps, scores: project_response(maps, torch.eye(6) + 0.01 * maps[:1, 0, :6, :6].sum(0), scores, threshold=0),
+    lambda maps, scores: sampling_map(maps[:, 0].sigmoid(), maps[:, 1].relu(), beta=2.0),
+    lambda maps, scores: warp_grid(maps[:, 0].sigmoid(), (20, 20)),
+], ids=["gate_response", "project_response", "sampling_map", "warp_grid"])
+def test_autocast_changes_no_function(function):
+    maps, scores = torch.randn(2, 6, 7, 7, generator=seeded(0)), torch.randn(2, 6, generator=seeded(1))
+    expected = function(maps, scores)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(function(maps, scores), expected)
+
+
+class RoundedProducts(TorchFunctionMode):
+    """Matrix products of operands with 10 bits of mantissa, as GPUs have them where TF32 is allowed."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("matmul", "__matmul__"):
+            args = [((each.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for each in args]
+        return func(*args, **(kwargs or {}))
+
+
+def test_rounded_products_hardly_move_the_grid():
+    size = 448
+    response = torch.rand(4, 31, 31, generator=seeded(0))
+    peaks = (torch.rand(4, 31, 31, generator=seeded(1)) > 0.998).float()
+    q = sampling_map(response, peaks, beta=3.9)
+    exact = warp_grid(q, (size, size))
+    with RoundedProducts():
+        rounded = warp_grid(q, (size, size))
+    pixels = (rounded - exact).abs() * (size - 1) / 2
+    assert 0 < pixels.max() < 0.1
+    assert pixels.mean() < 0.015
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
