@@ -224,7 +224,7 @@ def measure_data(args: argparse.Namespace, device: torch.device) -> list[dict[st
             given = ["--output", folder, "-b", args.batch_sizes[-1], "--img-size", args.sizes[0], "--workers", workers]
             train_args = parse_train_args([str(each) for each in given])
         accelerator = Accelerator(cpu=device.type == "cpu")
-        split = load_splits(train_args)["train"]
+        split = load_splits(train_args, verify=False)["train"]
         ours, _ = create_models(args, device, len(class_names(split)))
         config = resolve_data_config(dict(img_size=args.sizes[0]), model=ours)
         shared = {name: config[name] for name in ("input_size", "interpolation", "mean", "std")}

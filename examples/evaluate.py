@@ -165,13 +165,15 @@ def set_options(model: nn.Module, args: argparse.Namespace) -> None:
 # data
 
 
-def load_data(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> datasets.Dataset:
+def load_data(
+        args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any], verify: bool,
+) -> datasets.Dataset:
     if args.dataset == "birds":
         size = max(data_config["input_size"][1:])
         options = dict(num_images=args.num_images, num_classes=model.num_classes, size=size)
     else:
         columns = dict(image_column=args.image_column, label_column=args.label_column)
-        options = dict(verify=args.verify, **{key: name for key, name in columns.items() if name})
+        options = dict(verify=verify, **{key: name for key, name in columns.items() if name})
     dataset = load(args.dataset, args.data_dir, args.split, **options)
     if args.val_fraction:
         _, dataset = hold_out(dataset, args.val_fraction, args.seed)
@@ -279,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             set_options(model, args)
             overrides = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
             data_config = input_config(model, overrides)
-            dataset = load_data(args, model, data_config)
+            verify = args.verify and accelerator.is_local_main_process
+            dataset = load_data(args, model, data_config, verify)
         if is_multi_label(dataset) and args.faithfulness:
             raise ValueError("--faithfulness follows one class an image: leave it out, as images have several labels.")
         names, classes = match_classes(dataset, model, args.dataset, args.weights, args.ignore_names)

@@ -335,7 +335,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
     """Set up a run, or continue it, and train it to its end or to a signal."""
     with exiting_on(ValueError, TypeError, OSError, RuntimeError):
         with accelerator.main_process_first():
-            splits = load_splits(args)
+            splits = load_splits(args, verify=args.verify and accelerator.is_local_main_process)
         if args.patience and splits["val"] is splits["test"]:
             raise ValueError("--patience needs validation images: give --val-fraction, or a folder val beside train.")
         names = class_names(splits["train"])

@@ -215,15 +215,15 @@ def test_a_folders_own_validation_part_is_used(tmp_path):
     write_images(tmp_path, *(f"{part}/{kind}/{index}.png" for part in ("train", "test") for kind in "ab"
                              for index in range(4)))
     words = ("--dataset", "folder", "--data-dir", str(tmp_path), "--output", str(tmp_path / "out"))
-    splits = load_splits(parse_args([*words, "--val-fraction", "0"]))
+    splits = load_splits(parse_args([*words, "--val-fraction", "0"]), verify=True)
     assert splits["val"] is splits["test"]
-    splits = load_splits(parse_args([*words, "--val-fraction", "0.25"]))
+    splits = load_splits(parse_args([*words, "--val-fraction", "0.25"]), verify=True)
     assert [len(splits[name]) for name in ("train", "val", "test")] == [6, 2, 8]
     for index, kind in enumerate("ab"):
         (tmp_path / "valid" / kind).mkdir(parents=True)
         Image.new("RGB", (20, 20), (100 + index, 0, 0)).save(tmp_path / "valid" / kind / "1.png")
     args = parse_args([*words, "--val-fraction", "0", "--patience", "1"])
-    splits = load_splits(args)
+    splits = load_splits(args, verify=True)
     assert [len(splits[name]) for name in ("train", "val", "test")] == [8, 2, 8]
     assert args.val_split == "validation"
 

@@ -29,6 +29,7 @@ from s3n_timm.data import (
     parquet,
     part_names,
 )
+from s3n_timm.data.schema import check_all
 
 CUB50 = Path(__file__).parents[2] / "shared" / "data" / "cub50"
 
@@ -260,6 +261,11 @@ def test_cub_missing_image(cub_dir):
     path.unlink()
     message = f"Image {path} does not exist; restore it or take it out of the index files."
     fails(FileNotFoundError, message, cub, cub_dir)
+
+
+def test_checks_of_many_files_keep_their_order():
+    count = 1000
+    assert check_all(lambda file: file % 7, range(count), count, verify=True) == [file % 7 for file in range(count)]
 
 
 @pytest.mark.parametrize(("reader", "fixture", "name"), [

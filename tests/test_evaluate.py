@@ -694,8 +694,8 @@ def test_a_threshold_is_found_on_images_that_training_held_out(weights, run, mon
     results = run(weights, *given, "--split", "train", "--val-fraction", 0.25, "--seed", 5, "--exit-loss", 10)
     args = argparse.Namespace(
         dataset="folder", data_dir=data, train_split="train", test_split="test", streaming=False, val_split=None,
-        val_fraction=0.25, seed=5, verify=False)
-    held_out = load_splits(args)["val"]
+        val_fraction=0.25, seed=5)
+    held_out = load_splits(args, verify=False)["val"]
     assert results["images"] == len(held_out) == 2 * CLASSES
     assert seen[0]["label"].tolist() == held_out["label"][:]
     figures = results["measures"]["early_exit"]

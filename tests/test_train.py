@@ -454,6 +454,20 @@ def test_an_unreadable_image_is_named_before_the_first_step(tmp_path):
     assert "Traceback" not in text
 
 
+def test_one_process_of_each_machine_verifies(tmp_path, monkeypatch):
+    asked = []
+
+    def load_splits(args, verify):
+        asked.append(verify)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(script, "load_splits", load_splits)
+    for first, flag in ((True, "--verify"), (False, "--verify"), (True, "--no-verify")):
+        monkeypatch.setattr("accelerate.Accelerator.is_local_main_process", first)
+        train(flag, "--output", tmp_path / "run", ok=False)
+    assert asked == [True, False, False]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_was_not_verified_and_cannot_be_read_is_named(tmp_path, workers):
     """And the run ends: its process doesn't wait for workers that hold back its signal."""

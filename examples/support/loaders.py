@@ -34,20 +34,21 @@ from s3n_timm.data import (
 Transform = Callable[[Any], Tensor]
 
 
-def load_splits(args: argparse.Namespace) -> dict[str, Any]:
+def load_splits(args: argparse.Namespace, verify: bool) -> dict[str, Any]:
     """Training, validation and test images; without a validation part, validation is the test split itself.
 
+    All images are decoded, and compared with those of the other splits, where verify says so.
     Where the files of a data set have a validation part, args.val_split is set to it: it takes the place of
     --val-fraction, as a split of the Hub does.
     """
     if not args.val_split and has_validation(args.dataset, args.data_dir):
         args.val_split = "validation"
     kind = args.dataset.partition(":")[0]
-    options: dict[str, Any] = dict(verify=args.verify)
+    options: dict[str, Any] = dict(verify=verify and not args.streaming)
     if kind in ("hub", "parquet"):
         options.update(image_column=args.image_column, label_column=args.label_column)
     if args.streaming:
-        options.update(streaming=True, verify=False)
+        options.update(streaming=True)
     names = (args.train_split, args.test_split) if kind == "hub" else ("train", "test")
     if kind == "birds":
         counts = (args.num_images, count_test_birds(args.num_images, args.num_classes))
@@ -61,7 +62,7 @@ def load_splits(args: argparse.Namespace) -> dict[str, Any]:
         val = load(args.dataset, args.data_dir, args.val_split, **options)
     elif args.val_fraction:
         train, val = hold_out(train, args.val_fraction, args.seed)
-    if args.verify and not args.streaming and kind != "birds":  # birds of two splits are drawn apart
+    if verify and not args.streaming and kind != "birds":  # birds of two splits are drawn apart
         for other in (val,) if val is test else (val, test):
             check_disjoint(train, other)
     return dict(train=train, val=val, test=test)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..extras import needs_extra
 from .index_files import check_ids, check_trained, clip_box, read_number, read_table
-from .schema import check_counts, check_image_file, check_split, data_folder, dataset_with_boxes
+from .schema import check_counts, check_image_files, check_split, data_folder, dataset_with_boxes
 
 
 def aircraft(data_dir: str | Path, split: str = "train", verify: bool = False) -> datasets.Dataset:
@@ -57,9 +57,9 @@ def aircraft(data_dir: str | Path, split: str = "train", verify: bool = False) -
 
     labels = {name: label for label, name in enumerate(classes)}
     columns: dict[str, list[Any]] = {"image": [], "label": [], "box": []}
-    for image, variant in (train if split == "train" else variants["test"]).items():
-        path = root / "images" / f"{image}.jpg"
-        size = check_image_file(path, verify)
+    images = train if split == "train" else variants["test"]
+    paths = [root / "images" / f"{image}.jpg" for image in images]
+    for (image, variant), path, size in zip(images.items(), paths, check_image_files(paths, verify)):
         x_min, y_min, x_max, y_max = boxes[image]  # first and last pixel, counted from 1
         columns["image"].append(str(path))
         columns["label"].append(labels[variant])
@@ -140,10 +140,10 @@ def cars(data_dir: str | Path, split: str = "train", verify: bool = False) -> da
         annotations = _car_annotations(path, len(classes))
 
     columns: dict[str, list[Any]] = {"image": [], "label": [], "box": []}
-    for name, (label, box) in annotations.items():
-        image = root / f"cars_{split}" / name
+    paths = [root / f"cars_{split}" / name for name in annotations]
+    for (name, (label, box)), image, size in zip(annotations.items(), paths, check_image_files(paths, verify)):
         columns["image"].append(str(image))
         columns["label"].append(label)
-        columns["box"].append(clip_box(box, check_image_file(image, verify), f"{path} gives {name}"))
+        columns["box"].append(clip_box(box, size, f"{path} gives {name}"))
     check_counts("cars", split, len(columns["label"]))
     return dataset_with_boxes(columns, classes, split)

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 
 from .index_files import check_ids, check_trained, clip_box, read_flag, read_names, read_number, read_table
-from .schema import check_counts, check_image_file, check_split, data_folder, recognition_features
+from .schema import check_counts, check_image_files, check_split, data_folder, recognition_features
 
 
 def cub(data_dir: str | Path, split: str = "train", verify: bool = False) -> datasets.Dataset:
@@ -54,11 +54,8 @@ def cub(data_dir: str | Path, split: str = "train", verify: bool = False) -> dat
 
     labels = {class_id: label for label, class_id in enumerate(classes)}
     columns: dict[str, list[Any]] = {"image": [], "label": [], "box": [], "parts": []}
-    for image, name in images.items():
-        if in_train[image] != (split == "train"):
-            continue
-        path = root / "images" / name
-        size = check_image_file(path, verify)
+    paths = {image: root / "images" / name for image, name in images.items() if in_train[image] == (split == "train")}
+    for (image, path), size in zip(paths.items(), check_image_files(paths.values(), verify)):
         x, y, width, height = boxes[image]
         box = clip_box((x, y, x + width, y + height), size, f"{root / 'bounding_boxes.txt'} gives image id {image}")
         columns["image"].append(str(path))

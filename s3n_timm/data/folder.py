@@ -1,12 +1,11 @@
 """Folders of images, a folder for each class."""
 
 from pathlib import Path
-from typing import Any
 
 import datasets
 
 from ..images import find_images, is_hidden, printable
-from .schema import check_image_file, check_split, data_folder, recognition_features
+from .schema import check_image_files, check_split, data_folder, recognition_features
 
 FOLDER_SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"train": "train", "valid": "validation", "val": "validation", "validation": "validation",
@@ -91,14 +90,13 @@ def image_folder(data_dir: str | Path, split: str = "train", verify: bool = Fals
                 f"Class {name!r} is not in both {parts['train']} and {parts[split]}; splits must have the same classes."
             )
 
-    columns: dict[str, list[Any]] = {"image": [], "label": []}
+    labels: dict[Path, int] = {}
     for label, folder in enumerate(folders.values()):
-        count = len(columns["image"])
-        for path in find_images(folder):
-            check_image_file(path, verify)
-            columns["image"].append(str(path))
-            columns["label"].append(label)
-        if len(columns["image"]) == count:
+        paths = list(find_images(folder))
+        if not paths:
             raise ValueError(f"{printable(folder)} is an empty class; add images or remove the folder.")
+        labels.update(dict.fromkeys(paths, label))
+    check_image_files(labels, verify)
+    columns = dict(image=list(map(str, labels)), label=list(labels.values()))
     features = recognition_features(list(folders))
     return datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))

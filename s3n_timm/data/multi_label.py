@@ -8,7 +8,7 @@ import datasets
 
 from ..images import find_images, printable
 from .folder import FOLDER_SPLITS, folder_splits
-from .schema import check_image_file, check_split, data_folder
+from .schema import check_image_files, check_split, data_folder
 
 METADATA = "metadata.csv"
 SEPARATOR = "|"
@@ -45,8 +45,8 @@ def multi_label_folder(data_dir: str | Path, split: str = "train", verify: bool 
     if not names:
         raise ValueError(f"{printable(parts['train'] / METADATA)} has no label; add some.")
     index = {name: label for label, name in enumerate(names)}
+    check_image_files(rows, verify)
     for path, labels in rows.items():
-        check_image_file(path, verify)
         for name in labels:
             if name not in index:
                 raise ValueError(f"{path} has the label {name!r}, which no training image has; correct it.")

@@ -5,12 +5,15 @@ when a row is read. A fault ends the reading with an error that names the file. 
 row as they are read.
 """
 
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
+from datasets.utils import tqdm
 from datasets.utils.file_utils import xopen
 from PIL import Image
 
@@ -22,6 +25,8 @@ OFFICIAL_COUNTS = {
     "aircraft": {"train": 6667, "test": 3333},
     "cars": {"train": 8144, "test": 8041},
 }
+
+File = TypeVar("File")
 
 _logger = logging.getLogger("s3n_timm.data")
 
@@ -148,3 +153,21 @@ def check_image_file(path: Path, verify: bool) -> tuple[int, int]:
     if not path.exists():
         raise FileNotFoundError(f"Image {path} does not exist; restore it or take it out of the index files.")
     return check_image(path, verify)
+
+
+def check_all(check: Callable[[File], Any], files: Iterable[File], count: int, verify: bool) -> list[Any]:
+    """What a check says of each file, in their order; in threads where it decodes pixels, which is what takes long."""
+    if not verify:
+        return list(map(check, files))
+    files = iter(files)
+    results: list[Any] = []
+    with ThreadPoolExecutor() as pool, tqdm(total=count, desc="verifying images", unit="img", delay=5) as bar:
+        while some := list(itertools.islice(files, 256)):  # the pool takes all that it is given into memory
+            results += pool.map(check, some)
+            bar.update(len(some))
+    return results
+
+
+def check_image_files(paths: Collection[Path], verify: bool) -> list[tuple[int, int]]:
+    """Width and height in pixels of image files, in their order, as `check_image_file` gives them."""
+    return check_all(lambda path: check_image_file(path, verify), paths, len(paths), verify)

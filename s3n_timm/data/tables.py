@@ -12,7 +12,15 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..images import expand_path, find_images, is_hidden
 from .folder import FOLDER_SPLITS, split_folders
-from .schema import check_image, check_image_file, check_split, data_folder, recognition_features, store_images
+from .schema import (
+    check_all,
+    check_image,
+    check_image_file,
+    check_split,
+    data_folder,
+    recognition_features,
+    store_images,
+)
 
 _MISSING_LABELS = {None, "", -1}
 _PREFIXES = {"train": "train", "validation": "val", "test": "test"}  # of Parquet files
@@ -51,8 +59,9 @@ def image_files(dataset: Any) -> Iterator[tuple[str | None, bytes | None]]:
         yield (row["image"]["path"], row["image"]["bytes"]) if row["image"] else (None, None)
 
 
-def _check_row(path: str | None, content: bytes | None, verify: bool, place: str) -> None:
+def _check_row(file: tuple[str | None, bytes | None], verify: bool, place: str) -> None:
     """Check an image as `image_files` gives it, unless it is still to be fetched from an address."""
+    path, content = file
     if content is not None:
         check_image(content, verify, place)
     elif path is None:
@@ -75,7 +84,7 @@ def _streamed_row(
     image, place = example[image_column], f"{where}, row {row}"
     if not isinstance(image, dict):
         image = dict(path=None, bytes=image)
-    _check_row(image["path"], image["bytes"], False, place)
+    _check_row((image["path"], image["bytes"]), False, place)
     return dict(image=image, label=_label(index, example[label_column], place))
 
 
@@ -118,8 +127,8 @@ def _two_columns(
     if image_column != "image":
         images = images.rename_column(image_column, "image")
     images = images.cast_column("image", datasets.Image())
-    for row, (path, content) in enumerate(image_files(images)):
-        _check_row(path, content, verify, f"{where}, row {row}")
+    rows = enumerate(image_files(images))
+    check_all(lambda row: _check_row(row[1], verify, f"{where}, row {row[0]}"), rows, len(images), verify)
     return datasets.concatenate_datasets([images, labels], split=datasets.NamedSplit(split), axis=1)
 
 
