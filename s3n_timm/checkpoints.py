@@ -52,7 +52,7 @@ def known_label_names(model: nn.Module) -> dict[int, str]:
     return known if fits else {}
 
 
-def is_multi_label(model: nn.Module) -> bool:
+def is_multi_label_model(model: nn.Module) -> bool:
     """Whether a model was trained for any number of labels an image, so that its scores are sigmoids."""
     if isinstance(model, S3N):
         return model.config.multi_label
@@ -65,7 +65,7 @@ def has_peaks(model: nn.Module) -> bool:
 
 
 def mark_multi_label(model: Any) -> None:
-    """Make a model, an S3N or a plain one, remember through saving and loading that it is `is_multi_label`."""
+    """Make a model, an S3N or a plain one, remember through saving and loading that it is `is_multi_label_model`."""
     if isinstance(model, S3N):
         model.configure(multi_label=True)
     else:

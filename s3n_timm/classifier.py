@@ -8,7 +8,7 @@ import torch
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from .checkpoints import is_multi_label, label_names
+from .checkpoints import is_multi_label_model, label_names
 from .early_exit import answer_batch
 from .hub import load_model
 from .images import ImageLike, image_mode, input_config, read_image
@@ -76,7 +76,7 @@ class Classifier:
         self.batch_size = batch_size
         self.transform = create_transform(**self.data_config)
         self.label_names = label_names(model)
-        self.multi_label = is_multi_label(model)
+        self.multi_label = is_multi_label_model(model)
 
     @classmethod
     def from_pretrained(

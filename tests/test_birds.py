@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from s3n_timm.data import DIAGNOSTIC_PARTS, MAX_CLASSES, PARTS, birds, class_looks, draw_bird, drawn_birds
+from s3n_timm.data import DIAGNOSTIC_PARTS, MAX_BIRD_CLASSES, PARTS, birds, class_looks, draw_bird, drawn_birds
 
 
 def draw(seed, label=0, num_classes=20, size=128):
@@ -15,7 +15,7 @@ def train(tmp_path_factory):
     return drawn_birds(num_images=30, num_classes=7, cache_dir=tmp_path_factory.mktemp("birds"))
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 10, 64, 65, 200, MAX_CLASSES])
+@pytest.mark.parametrize("num_classes", [2, 3, 10, 64, 65, 200, MAX_BIRD_CLASSES])
 def test_class_looks_are_unique(num_classes):
     looks = [class_looks(label, num_classes) for label in range(num_classes)]
     assert len({tuple(look.items()) for look in looks}) == num_classes
@@ -77,9 +77,10 @@ def test_classes_differ_in_the_class_defining_parts_only(num_classes):
 @pytest.mark.parametrize("part", DIAGNOSTIC_PARTS)
 def test_plain_and_black_tipped_looks_differ_clearly(part):
     label = 4 * 8 ** DIAGNOSTIC_PARTS.index(part)
-    assert (class_looks(0, MAX_CLASSES)[part], class_looks(label, MAX_CLASSES)[part]) == ("yellow", "yellow-black")
+    looks = [class_looks(k, MAX_BIRD_CLASSES)[part] for k in (0, label)]
+    assert looks == ["yellow", "yellow-black"]
     for seed in range(20):
-        plain, tipped = (np.asarray(draw(seed, k, MAX_CLASSES).image, int) for k in (0, label))
+        plain, tipped = (np.asarray(draw(seed, k, MAX_BIRD_CLASSES).image, int) for k in (0, label))
         assert (np.abs(plain - tipped).max(axis=2) > 80).sum() >= 8
 
 

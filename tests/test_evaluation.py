@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import s3n_timm
 from s3n_timm import S3N, evaluation, find_peaks, partition_peaks, sampling_map, warp_grid
@@ -589,6 +592,28 @@ def test_intervals_reject_wrong_arguments():
         evaluation.bootstrap_difference(correct, correct, samples=0)
     with pytest.raises(ValueError, match="both be N or S×N"):
         evaluation.bootstrap_difference(correct, correct[:2])
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 on Apple's GPUs, as they do; tensors of a FakeTensorMode have a device and no values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor) and each.device.type == "mps":
+                assert each.dtype != torch.float64, func
+        return out
+
+
+@pytest.mark.parametrize("mode", ["center", "border", "squash"])
+def test_no_float64_on_devices_that_have_none(mode):
+    crop = Crop((64, 48), mode=mode)
+    with FakeTensorMode(), NoFloat64():
+        sizes = torch.ones(2, 2, dtype=torch.int64, device="mps")
+        boxes, points = torch.rand(2, 4, device="mps"), torch.rand(2, 3, 2, device="mps")
+        moved = evaluation.transform_points(points, sizes, crop) + evaluation.transform_boxes(boxes, sizes, crop)
+        assert {each.device.type for each in moved} == {"mps"}
+        assert evaluation.restore_boxes(boxes, sizes, crop).dtype == torch.float64
 
 
 def test_importing_the_package_needs_neither_scipy_nor_torchmetrics():

@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import s3n_timm
-from s3n_timm.checkpoints import has_peaks, known_label_names
-from s3n_timm.checkpoints import is_multi_label as is_multi_label_model
+from s3n_timm.checkpoints import has_peaks, is_multi_label_model, known_label_names
 from s3n_timm.data import class_names, is_multi_label
 from s3n_timm.evaluation import UNITS, as_plain
 from s3n_timm.hub import count_parameters

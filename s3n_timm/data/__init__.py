@@ -9,7 +9,7 @@ from .aircraft_cars import aircraft, cars
 from .birds import (
     DIAGNOSTIC_PARTS,
     LOOKS,
-    MAX_CLASSES,
+    MAX_BIRD_CLASSES,
     MIN_SIZE,
     PARTS,
     Bird,
@@ -37,7 +37,7 @@ from .tables import hub, load_repository, parquet
 __all__ = [
     "DIAGNOSTIC_PARTS",
     "LOOKS",
-    "MAX_CLASSES",
+    "MAX_BIRD_CLASSES",
     "MIN_SIZE",
     "OFFICIAL_COUNTS",
     "PARTS",

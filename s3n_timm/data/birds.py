@@ -29,7 +29,7 @@ _COLORS = {"yellow": (246, 200, 34), "red": (214, 44, 36), "blue": (44, 98, 214)
 LOOKS = {name: (color, color) for name, color in _COLORS.items()} | {
     f"{name}-black": (color, _BLACK) for name, color in _COLORS.items()
 }
-MAX_CLASSES = len(LOOKS) ** len(DIAGNOSTIC_PARTS)
+MAX_BIRD_CLASSES = len(LOOKS) ** len(DIAGNOSTIC_PARTS)
 MIN_SIZE = 64
 
 _VERSION = "1.0.0"  # part of the cache path: raise it with every change that alters the pixels
@@ -59,7 +59,7 @@ def class_looks(label: int, num_classes: int) -> dict[str, str]:
 
     Args:
         label: Class index, 0 to num_classes - 1.
-        num_classes: Number of classes, 2 to `MAX_CLASSES`.
+        num_classes: Number of classes, 2 to `MAX_BIRD_CLASSES`.
 
     Returns:
         Part name to look name (a key of `LOOKS`), different for every class.
@@ -67,8 +67,8 @@ def class_looks(label: int, num_classes: int) -> dict[str, str]:
     Raises:
         ValueError: If an argument is out of range.
     """
-    if not 2 <= num_classes <= MAX_CLASSES:
-        raise ValueError(f"num_classes must be 2 to {MAX_CLASSES}, got {num_classes}.")
+    if not 2 <= num_classes <= MAX_BIRD_CLASSES:
+        raise ValueError(f"num_classes must be 2 to {MAX_BIRD_CLASSES}, got {num_classes}.")
     if not 0 <= label < num_classes:
         raise ValueError(f"label must be 0 to {num_classes - 1} for {num_classes} classes, got {label}.")
     looks = tuple(LOOKS)
@@ -252,7 +252,7 @@ def draw_bird(rng: np.random.Generator, label: int, num_classes: int, size: int 
     Args:
         rng: Source of all that is random.
         label: Class index, 0 to num_classes - 1.
-        num_classes: Number of classes, 2 to `MAX_CLASSES`.
+        num_classes: Number of classes, 2 to `MAX_BIRD_CLASSES`.
         size: Height and width of the image in pixels, at least `MIN_SIZE`.
 
     Raises:
@@ -307,7 +307,7 @@ def drawn_birds(
     Args:
         split: 'train' or 'test', two independent streams of the seed.
         num_images: Number of images, at least 1.
-        num_classes: Number of classes, 2 to `MAX_CLASSES`.
+        num_classes: Number of classes, 2 to `MAX_BIRD_CLASSES`.
         size: Height and width of the images in pixels, at least `MIN_SIZE`.
         seed: Seed, at least 0.
         cache_dir: Folder to cache in, by default that of the datasets library.

@@ -16,6 +16,11 @@ from torch import Tensor
 from ..checkpoints import CROP_MODES
 
 
+def as_float64(values: Tensor) -> Tensor:
+    """Values in float64; on the CPU if their device is Apple's, which has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 class Crop(NamedTuple):
     """How timm's evaluation transform resizes and crops a stored image to the model's input."""
 
@@ -50,11 +55,12 @@ class Crop(NamedTuple):
         if self.mode not in CROP_MODES:
             raise ValueError(f"mode must be one of {', '.join(CROP_MODES)}, got {self.mode!r}.")
         # float64 repeats Python's own arithmetic in timm and torchvision, so that sizes round alike
-        before, inputs = sizes.double(), sizes.new_tensor(self.size, dtype=torch.float64)
-        target = sizes.new_tensor([math.floor(side / self.crop_pct) for side in self.size], dtype=torch.float64)
+        before = as_float64(sizes)
+        sides = [math.floor(side / self.crop_pct) for side in self.size]
+        inputs, target = before.new_tensor(self.size), before.new_tensor(sides)
         if self.mode == "squash":
             after = target.expand_as(before)
-        elif self.mode != "border" and target[0] == target[1]:
+        elif self.mode != "border" and sides[0] == sides[1]:
             after = (target * before / before.amin(1, keepdim=True)).trunc()
         else:
             ratios = before / target
@@ -64,11 +70,6 @@ class Crop(NamedTuple):
         # a crop rounds half a pixel to even; an image that is too small is padded, the odd pixel after it
         offset = torch.where(margin < 0, margin.ceil(), margin.round())
         return (after / before).flip(1), offset.flip(1)
-
-
-def _bounds(crop: Crop, like: Tensor) -> Tensor:
-    """(W, H) of the input, in float64."""
-    return like.new_tensor(crop.size[::-1], dtype=torch.float64)
 
 
 def transform_points(points: Tensor, sizes: Tensor, crop: Crop) -> tuple[Tensor, Tensor]:
@@ -88,8 +89,9 @@ def transform_points(points: Tensor, sizes: Tensor, crop: Crop) -> tuple[Tensor,
     if points.ndim != 3 or points.shape[2] != 2 or len(points) != len(sizes):
         raise ValueError(f"points must be B×N×2 with B = {len(sizes)} of sizes, got {tuple(points.shape)}.")
     scale, offset = crop.scale_and_offset(sizes)
-    moved = points.double() * scale[:, None] - offset[:, None]
-    return moved.to(points.dtype), ((moved >= 0) & (moved <= _bounds(crop, moved))).all(-1)
+    moved = as_float64(points) * scale[:, None] - offset[:, None]
+    inside = ((moved >= 0) & (moved <= moved.new_tensor(crop.size[::-1]))).all(-1)
+    return moved.to(points), inside.to(points.device)
 
 
 def transform_boxes(boxes: Tensor, sizes: Tensor, crop: Crop) -> tuple[Tensor, Tensor]:
@@ -110,9 +112,9 @@ def transform_boxes(boxes: Tensor, sizes: Tensor, crop: Crop) -> tuple[Tensor, T
     if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) != len(sizes):
         raise ValueError(f"boxes must be B×4 with B = {len(sizes)} of sizes, got {tuple(boxes.shape)}.")
     scale, offset = crop.scale_and_offset(sizes)
-    corners = boxes.double().view(-1, 2, 2) * scale[:, None] - offset[:, None]
-    corners = torch.minimum(corners.clamp_min(0), _bounds(crop, corners))
-    return corners.flatten(1).to(boxes.dtype), (corners[:, 1] > corners[:, 0]).all(1)
+    corners = as_float64(boxes).view(-1, 2, 2) * scale[:, None] - offset[:, None]
+    corners = torch.minimum(corners.clamp_min(0), corners.new_tensor(crop.size[::-1]))
+    return corners.flatten(1).to(boxes), (corners[:, 1] > corners[:, 0]).all(1).to(boxes.device)
 
 
 def restore_boxes(boxes: Tensor, sizes: Tensor, crop: Crop) -> Tensor:
@@ -130,8 +132,8 @@ def restore_boxes(boxes: Tensor, sizes: Tensor, crop: Crop) -> Tensor:
         ValueError: as for `transform_points`.
     """
     scale, offset = crop.scale_and_offset(sizes)
-    corners = (boxes.double().view(-1, 2, 2) + offset[:, None]) / scale[:, None]
-    return torch.minimum(corners.clamp_min(0), sizes.flip(1)[:, None]).flatten(1)
+    corners = (as_float64(boxes).view(-1, 2, 2) + offset[:, None]) / scale[:, None]
+    return torch.minimum(corners.clamp_min(0), as_float64(sizes).flip(1)[:, None]).flatten(1)
 
 
 def peak_pixels(grid_size: Sequence[int], size: Sequence[int], device: torch.device | None = None) -> Tensor:

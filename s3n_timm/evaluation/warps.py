@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..multiscale import identity_grid
 from ..response import resize_maps
-from .geometry import Crop, grid_to_pixels, peak_pixels, pixels_to_grid, points_in_boxes, restore_boxes
+from .geometry import Crop, as_float64, grid_to_pixels, peak_pixels, pixels_to_grid, points_in_boxes, restore_boxes
 
 
 def _check_grid(grid: Tensor) -> None:
@@ -229,6 +229,7 @@ def magnified_boxes(grid: Tensor, sizes: Tensor, crop: Crop) -> Tensor:
     magnified = (torch.linalg.det(_jacobian(grid.float())) < 1 / 1.1)[..., None]
     low = torch.where(magnified, grid, math.inf).amin((1, 2))
     high = torch.where(magnified, grid, -math.inf).amax((1, 2))
-    extent = grid.new_tensor(crop.size[::-1], dtype=torch.float64)
-    boxes = (torch.cat([low, high], dim=1).double() + 1) / 2 * extent.repeat(2)
-    return restore_boxes(boxes, sizes, crop).masked_fill(~magnified.flatten(1).any(1)[:, None], math.nan)
+    corners = as_float64(torch.cat([low, high], dim=1))
+    boxes = (corners + 1) / 2 * corners.new_tensor(crop.size[::-1] * 2)
+    nothing = ~magnified.flatten(1).any(1)[:, None]
+    return restore_boxes(boxes, sizes, crop).masked_fill(nothing.to(boxes.device), math.nan)

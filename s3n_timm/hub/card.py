@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..checkpoints import check_regular_file, has_peaks, is_multi_label
+from ..checkpoints import check_regular_file, has_peaks, is_multi_label_model
 from ..evaluation import INTERVAL, result_tables
 from ..heads import evaluating
 from ..images import image_mode, input_config
@@ -314,7 +314,7 @@ def _how_to_load(model: nn.Module, name: str | None, mode: str) -> str:
         "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))\n"
         f'x = transform(Image.open("image.jpg").convert("{mode}"))[None]\n'
         "with torch.inference_mode():\n"
-        f"    probability, label = model(x).{'sigmoid()' if is_multi_label(model) else 'softmax(1)'}.max(1)\n"
+        f"    probability, label = model(x).{'sigmoid()' if is_multi_label_model(model) else 'softmax(1)'}.max(1)\n"
         'names = model.pretrained_cfg.get("label_names") or range(model.num_classes)\n'
         "print(names[label], probability.item())\n"
         "```"
@@ -413,7 +413,7 @@ def _picture(picture: str | None) -> str:
 
 def _limits(model: nn.Module, measured: Mapping[str, Any] | None, further: Sequence[str]) -> str:
     known = [
-        "It knows its own classes alone, each of which is in an image or not." if is_multi_label(model) else
+        "It knows its own classes alone, each of which is in an image or not." if is_multi_label_model(model) else
         "It knows its own classes alone and gives one of them to any image, also to one that shows none of them.",
         "How it does on other data, cameras or places than those of the results above is not known." if measured else
         "Nothing was measured here: don't rely on it before you have measured it on your own images.",

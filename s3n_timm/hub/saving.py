@@ -27,7 +27,7 @@ from ..checkpoints import (
     check_regular_file,
     check_values,
     explain_damage,
-    is_multi_label,
+    is_multi_label_model,
     join_names,
     known_label_names,
     read_header,
@@ -103,7 +103,7 @@ def save(
         except SafetensorError as error:
             raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
     beyond: dict[str, Any] = {} if label_names is None else dict(label_names=list(map(str, label_names)))
-    if is_multi_label(model):
+    if is_multi_label_model(model):
         beyond["problem_type"] = "multi_label_classification"  # what transformers goes by
     with replacing_file(folder / CONFIG) as path:
         save_config_for_hf(
