@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from support.arguments import parse_args as parse_train_args
 from support.files import replace_text
-from support.launching import exiting_on
+from support.launching import accept_any_encoding, exiting_on
 from support.loaders import TrainLoader, create_eval_loader, load_splits
 from support.loops import GRID, STAGE, draw_peaks, sample_by_loops
 from support.timing import Calls, peak_bytes, synchronize, time_by_turns
@@ -396,6 +396,7 @@ def describe(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     args = parse_args(argv)
     device = args.device or Accelerator().device
     if args.cpu_threads:

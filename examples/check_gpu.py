@@ -25,7 +25,7 @@ import benchmark
 import torch
 import torch.nn.functional as F
 from support.files import replace_text
-from support.launching import exiting_on
+from support.launching import accept_any_encoding, exiting_on
 from support.loops import STAGE, draw_peaks
 from support.timing import Calls, peak_bytes, time_by_turns
 from torch import Tensor, nn
@@ -194,6 +194,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Nam
 
 
 def main(argv: list[str] | None = None) -> int:
+    accept_any_encoding()
     args, measured = parse_args(argv)
     results = benchmark.describe(measured, args.device)
     print(f"{results['device']}, torch {torch.__version__}, backbone {measured.backbone}")

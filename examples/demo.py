@@ -48,7 +48,7 @@ with direct_connections():
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import PlainTextResponse
-    from support.launching import exiting_on
+    from support.launching import accept_any_encoding, exiting_on
 
     from s3n_timm import S3N
     from s3n_timm.classifier import Classifier
@@ -320,6 +320,7 @@ def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    accept_any_encoding()
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # unwinds, so that the temporary folder goes
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # the classifier refuses more before it decodes them

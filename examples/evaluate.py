@@ -20,7 +20,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from support.files import replace_text
-from support.launching import PATIENT, count_default_workers, exiting_on, refuse_lone_process, use_cpu_threads
+from support.launching import (
+    PATIENT,
+    accept_any_encoding,
+    count_default_workers,
+    exiting_on,
+    refuse_lone_process,
+    use_cpu_threads,
+)
 from support.loaders import hold_out, spread_over
 from support.measuring import describe_results, match_classes
 from support.progress import progress
@@ -268,6 +275,7 @@ def keep_exit(folder: Path, exit_entropy: float | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    accept_any_encoding()
     args = parse_args(argv)
     refuse_lone_process()
     accelerator = Accelerator(kwargs_handlers=[PATIENT])

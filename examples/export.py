@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from support.files import replace_text, replacing_file
-from support.launching import exiting_on
+from support.launching import accept_any_encoding, exiting_on
 from support.quantization import export_int8, load_int8_data
 from torch import Tensor, nn
 
@@ -257,6 +257,7 @@ def report(rows: list[dict[str, Any]], title: str, console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_encoding()
     args = parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     torch.set_num_threads(args.cpu_threads)

@@ -196,6 +196,9 @@ class Writer:
             self.thread.shutdown(cancel_futures=True)
 
     def add(self, batch: Batch, answers: Answers | None) -> None:
+        if answers is not None and answers.probabilities.device.type == "mps":  # torch aborts if two threads use it
+            answers = answers._replace(**{name: each.cpu() for name, each in answers._asdict().items()
+                                          if isinstance(each, Tensor)})
         self._submit(self._add, batch, answers)
 
     def _submit(self, function: Any, *args: Any) -> None:
@@ -325,8 +328,8 @@ def find_changes(source: Source, before: dict[str, Any], args: argparse.Namespac
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
     accept_any_encoding()
+    args = parse_args(argv)
     refuse_lone_process()
     accelerator = Accelerator(kwargs_handlers=[PATIENT])
     use_cpu_threads(args.cpu_threads, accelerator)

@@ -342,6 +342,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
         if len(names) < 2:
             raise ValueError(f"--dataset {args.dataset} has one class, {names[0]!r}: there is nothing to tell apart.")
         class_weights = list_class_weights(args, names, splits["train"])
+        # torch's batch norm and pooling, read backwards, failed or were wrong for channels-last on Apple's GPUs
+        args.channels_last &= accelerator.device.type != "mps"
         model = create_model(args, len(names), accelerator)
         evaluation = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
         data_config = input_config(model, evaluation)

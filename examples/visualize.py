@@ -13,6 +13,7 @@ Keeping checkpoints does not change the training; each takes about twice the spa
 
 import argparse
 import sys
+import unicodedata
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 from matplotlib.figure import Figure
 from support.files import replacing_file
-from support.launching import exiting_on
+from support.launching import accept_any_encoding, exiting_on
 from torch import Tensor
 
 from s3n_timm.classifier import Classifier
@@ -104,16 +105,22 @@ def draw(
     return draw_explanation(first.model, images[0], mean, std, label_names)
 
 
-def choose_path(output: Path, name: Path, suffix: str, taken: set[Path]) -> Path:
+def fold(path: Path) -> str:
+    """One text for all names that may be one file: on many disks upper and lower case are the same."""
+    return unicodedata.normalize("NFC", str(path.resolve())).casefold()
+
+
+def choose_path(output: Path, name: Path, suffix: str, taken: set[str]) -> Path:
     """Where a picture goes: under a number where an image, or a picture of this run, has its name."""
     path, number = output / name.with_suffix(f".{suffix}"), 2
-    while path.resolve() in taken:
+    while fold(path) in taken:
         path, number = (output / name).with_name(f"{name.stem}-{number}.{suffix}"), number + 1
-    taken.add(path.resolve())
+    taken.add(fold(path))
     return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    accept_any_encoding()
     args = parse_args(argv)
     found = find_images(args.images, args.output)
     drawn = found[:args.max_images]
@@ -123,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     label_names = classifiers[0].label_names
     per_picture = PER_SHEET if args.sheet else 1
     together = Path("strip" if len(classifiers) > 1 else "sheet")
-    taken = {file.resolve() for file, _ in found}
+    taken = {fold(file) for file, _ in found}
     unread = 0
     for start in range(0, len(drawn), per_picture):
         images, names, labels = [], [], []

@@ -91,6 +91,7 @@ def choose_exit_entropy(
         raise ValueError("entropy, correct_original and correct_joint must be of one length, and not empty.")
     if not entropy.isfinite().all():
         raise ValueError("entropy must be finite.")
+    entropy, correct_original, correct_joint = (each.cpu() for each in (entropy, correct_original, correct_joint))
     values, order = entropy.double().sort()
     changes = (correct_original[order].long() - correct_joint[order].long()).cumsum(0)
     # images of one entropy exit together

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,27 @@ def synchronize_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+# on Windows a file that another program has open, as a virus scanner has a new one, can't be replaced just then
+PATIENCE = 5.0 if os.name == "nt" else 0.0
+
+
+def replace_path(source: Path, target: Path) -> None:
+    """Give a file or folder the name of another file, which it replaces, or a free name.
+
+    Raises:
+        OSError: it can't be done, on Windows after some seconds of trying.
+    """
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.1)
+
+
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """A temporary file to write to, which takes the place of `path` once it is complete and on disk."""
@@ -32,7 +54,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
         yield partial
         synchronize_to_disk(partial)
         partial.chmod(mode)
-        partial.replace(path)
+        replace_path(partial, path)
         synchronize_to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)

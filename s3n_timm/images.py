@@ -30,7 +30,7 @@ FORMATS = (
     "DDS", "PSD", "QOI", "SGI", "SUN", "PCX", "DCX", "XBM", "XPM", "BLP", "FITS", "FLI", "FTEX", "GBR", "IM", "MSP",
     "PCD", "PIXAR",
 )
-SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")  # besides names that begin with a dot
+SYSTEM_FILES = (".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -175,9 +175,14 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
 
 
+def is_of_system(name: str) -> bool:
+    """Whether an operating system puts files and folders of this name beside what its users look at."""
+    return name.startswith("._") or name.lower() in SYSTEM_FILES
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is hidden or kept by an operating system for itself, and so is never data."""
-    return name.startswith(".") or name.lower() in SYSTEM_FILES
+    return name.startswith(".") or is_of_system(name)
 
 
 def existing_folder(folder: str | Path) -> Path:
@@ -226,7 +231,7 @@ def _search(folder: Path) -> Iterator[Path]:
 def _walk(folder: Path, above: tuple[tuple[int, int], ...], others: Counter[str]) -> Iterator[Path]:
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
-    if here in above:
+    if status.st_ino and here in above:  # drives without numbers give 0
         return
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if not is_hidden(entry.name))

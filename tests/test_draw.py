@@ -348,6 +348,15 @@ def draw_files(tmp_path):
     return call
 
 
+def test_an_image_is_not_overwritten_where_upper_and_lower_case_are_the_same(weights, tmp_path):
+    """On a Mac wren.png is another name of WREN.PNG."""
+    birds = tmp_path / "birds"
+    images = [save_bird(birds / "WREN.PNG"), save_bird(tmp_path / "more" / "Kiwi.png"), save_bird(birds / "kiwi.jpg")]
+    visualize.main([*map(str, images), "--weights", str(weights), "--output", str(birds)])
+    assert sorted(path.name for path in birds.iterdir()) == [
+        "Kiwi.png", "WREN-2.png", "WREN.PNG", "kiwi-2.png", "kiwi.jpg"]
+
+
 def test_script_draws_what_it_can_and_tells_the_rest(weights, tmp_path):
     birds = tmp_path / "birds"
     save_bird(birds / "wren" / "1.png")

@@ -229,6 +229,18 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert names(tmp_path / "pictures") == ["a.png", "c.png", "linked/b.png"]
 
 
+def test_a_drive_without_file_numbers_has_subfolders_too(tmp_path, monkeypatch):
+    save(tmp_path / "sub" / "deeper" / "a.png")
+    stat = os.stat
+
+    def stat_without_number(path, **options):
+        mode, _, *others = stat(path, **options)
+        return os.stat_result((mode, 0, *others))
+
+    monkeypatch.setattr(os, "stat", stat_without_number)
+    assert names(tmp_path) == ["sub/deeper/a.png"]
+
+
 def test_what_is_hidden_is_passed_over_and_what_is_no_image_is_counted(tmp_path, caplog):
     for name in (".hidden.png", ".ipynb_checkpoints/a.png", "__MACOSX/b.png", "sub/c.png"):
         save(tmp_path / name)

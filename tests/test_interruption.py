@@ -218,6 +218,14 @@ def test_damaged_checkpoint_is_refused_by_name(whole, tmp_path, kind, message):
     assert message.removeprefix("it") in line
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "._progress.json", "desktop.ini", "Thumbs.db"])
+def test_a_checkpoint_that_a_file_manager_opened_is_sound(whole, tmp_path, name):
+    shutil.copytree(whole / "checkpoints" / "update-30", tmp_path / "checkpoints" / "update-30")
+    (tmp_path / "checkpoints" / "update-30" / name).write_text("")
+    held = json.loads((whole / "checkpoints" / "update-30" / "manifest.json").read_text())["run"]
+    assert checkpoints.find_checkpoint(tmp_path, "auto", held) == (tmp_path / "checkpoints" / "update-30", [])
+
+
 def test_the_checkpoint_before_a_damaged_one_is_used(whole, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(whole, output)
@@ -384,6 +392,30 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "update-5 could not be written" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("failures", [2, 1000])
+def test_a_name_that_another_program_holds_is_tried_again(tmp_path, monkeypatch, failures):
+    """As on Windows, where a file that is being read can't be replaced."""
+    replace, failed = Path.replace, []
+
+    def replace_later(path, target):
+        if path.name == "new" and len(failed) < failures:
+            failed.append(path)
+            raise PermissionError(13, "used by another process")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_later)
+    monkeypatch.setattr("s3n_timm.files.PATIENCE", 0.3)
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    if failures == 2:
+        files.replace_folder(tmp_path / "new", tmp_path / "old")
+    else:
+        with pytest.raises(PermissionError):
+            files.replace_folder(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "content").read_text() == ("new" if failures == 2 else "old")
 
 
 def lock(folder, **owner):

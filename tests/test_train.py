@@ -1,8 +1,11 @@
 """examples/train.py on a small network and few drawn birds."""
 
 import csv
+import importlib
+import io
 import json
 import multiprocessing
+import sys
 from pathlib import Path
 
 import pytest
@@ -586,6 +589,16 @@ def test_help_and_errors_in_a_terminal_of_another_encoding():
     text = run(command("train.py", "--help"), PYTHONIOENCODING="cp1252")
     assert "learning rate of newly initialized layers" in text
     assert text.isascii()
+
+
+@pytest.mark.parametrize(
+    "name", ["benchmark", "check_gpu", "demo", "evaluate", "export", "predict", "push", "train", "visualize"])
+def test_scripts_print_what_the_terminal_has_no_letter_for(name, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main(["--help"])
+    print("≥", flush=True)
 
 
 def test_output_that_cannot_be_written_is_found_before_data_are_read(tmp_path, monkeypatch):

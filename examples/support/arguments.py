@@ -17,6 +17,7 @@ from timm.optim import list_optimizers
 
 import s3n_timm
 from s3n_timm.config import ANSWERS, BRANCH_SETS, PRESETS
+from s3n_timm.images import is_of_system
 from s3n_timm.sampling import ATTENTIONS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -272,7 +273,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     check_hub_flags(args, parser)
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file: choose a folder.")
-    if args.output.exists() and not args.resume and any(path.name != LOCK for path in args.output.iterdir()):
+    if args.output.exists() and not args.resume and any(
+            path.name != LOCK and not is_of_system(path.name) for path in args.output.iterdir()):
         parser.error(f"--output {args.output} is not empty: add --resume to continue, or choose another folder.")
 
 

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -24,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.files import replace_folder, replace_text
 from timm.utils import ModelEmaV3
+
+from s3n_timm.images import is_of_system
 
 MANIFEST, PROGRESS, EMA = "manifest.json", "progress.json", "ema.safetensors"
 
@@ -130,7 +133,7 @@ def describe_images(splits: dict[str, Any]) -> dict[str, dict[str, Any]]:
             images = batch["image"].combine_chunks()
             for index, path in enumerate(pyarrow.compute.struct_field(images, "path").to_pylist()):
                 content = images[index]["bytes"].as_py() if path is None else None
-                paths.append(path if content is None else hashlib.sha256(content).hexdigest())
+                paths.append(path.replace(os.sep, "/") if content is None else hashlib.sha256(content).hexdigest())
             labels += batch["label"].to_pylist()
         sha256 = hashlib.sha256()
         root = len(_common_folder(paths))
@@ -156,7 +159,8 @@ def _digest(path: Path) -> str:
 
 def _list_files(folder: Path) -> dict[str, Path]:
     """Files of a checkpoint by name: without the manifest, and without a config.json by which timm loads the folder."""
-    paths = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    paths = (path for path in folder.rglob("*") if (not path.is_dir() or path.is_symlink())
+             and not is_of_system(path.name))
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     return {name: path for name, path in names.items() if name not in (MANIFEST, "config.json")}
 
@@ -199,7 +203,7 @@ def save_checkpoint(
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     if accelerator.is_main_process:
         for old in list_checkpoints(output)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # one that another program reads is tried again next time
     accelerator.wait_for_everyone()
 
 

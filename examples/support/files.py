@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from s3n_timm.files import replacing_file, synchronize_to_disk
+from s3n_timm.files import replace_path, replacing_file, synchronize_to_disk
 
 LOCK = ".lock"
 
@@ -32,8 +32,13 @@ def replace_folder(partial: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
+        replace_path(folder, old)
+    try:
+        replace_path(partial, folder)
+    except OSError:
+        if old.exists():
+            replace_path(old, folder)
+        raise
     synchronize_to_disk(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """A script's beginning and end: processes, threads, signals, and errors that the user can mend."""
 
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -107,8 +108,13 @@ def holding_signals() -> Iterator[None]:
     inherit what is held back. They are killed when this process ends: multiprocessing sends them a SIGTERM, which they
     never get, and waits.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
+    if sys.platform == "win32":  # what a process is told to ignore, those that it starts ignore too
+        console = ctypes.windll.kernel32
+        console.SetConsoleCtrlHandler(None, True)
+        try:
+            yield
+        finally:
+            console.SetConsoleCtrlHandler(None, False)
         return
     resource_tracker.ensure_running()  # or its start, within, would release them
     _kill_workers_at_exit()

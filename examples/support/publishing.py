@@ -1,7 +1,9 @@
 """What a run sends to the Hub at its end, and what is asked before it begins."""
 
 import argparse
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,8 @@ def publish(args: argparse.Namespace) -> None:
             words = ["python", script.with_name("push.py"), args.output / kind, repo_id]
             for name, path in files.items():
                 words += [f"--{name}", path]
-            again = shlex.join(map(str, [*words, *(["--private"] if args.hub_private else [])]))
+            quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
+            again = quote([*map(str, words), *(["--private"] if args.hub_private else [])])
             failed.append(f"{error} {args.output} has everything; push it again with: {again}")
     if failed:
         sys.exit("\n".join(f"{script.name}: {each}" for each in failed))

@@ -186,7 +186,8 @@ def finish_training(run: Run, test: Any, test_loader: Any) -> bool:
         table.add_row("chance", *[f"{100 / len(run.names):.1f}"] * len(top1))
     Console().print(table)
     draw_picture(run, best, image)
-    print(f'Load it: import s3n_timm, timm; timm.create_model("local-dir:{output / "best"}", pretrained=True)')
+    folder = output.as_posix()  # a backslash would have to be doubled in Python's strings
+    print(f'Load it: import s3n_timm, timm; timm.create_model("local-dir:{folder}/best", pretrained=True)')
     if backbone:
-        print(f'Its backbone, without s3n_timm: timm.create_model("local-dir:{output / "backbone"}", pretrained=True)')
+        print(f'Its backbone, without s3n_timm: timm.create_model("local-dir:{folder}/backbone", pretrained=True)')
     return False

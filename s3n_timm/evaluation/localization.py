@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..extras import needs_extra
 from ..response import normalize_response, resize_maps
+from .geometry import as_float64
 from .warps import carry_back
 
 
@@ -115,4 +116,4 @@ def localization_accuracy(iou: Tensor, correct: Tensor, threshold: float = 0.5) 
     Returns:
         Scalar in [0, 1] in float64; NaN without an image.
     """
-    return (correct & (iou >= threshold)).double().mean()
+    return as_float64(correct & (iou >= threshold)).mean()

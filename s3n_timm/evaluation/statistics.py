@@ -66,7 +66,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         raise ValueError(
             f"logits must be B×C and labels B, with B at least 1, got {tuple(logits.shape)} and {tuple(labels.shape)}."
         )
-    logits, labels = logits.detach().double().cpu(), labels.cpu()
+    logits, labels = logits.detach().cpu().double(), labels.cpu()
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 

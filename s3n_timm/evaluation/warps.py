@@ -32,6 +32,13 @@ def _jacobian(grid: Tensor) -> Tensor:
     return torch.stack([along_x, along_y], dim=-1)
 
 
+def _areas(grid: Tensor) -> Tensor:
+    """B×H×W area that each step of a warp covers, the determinant of its derivatives."""
+    # torch.linalg.det decomposes each matrix, on Apple's GPUs one after the other
+    (xx, xy), (yx, yy) = (row.unbind(-1) for row in _jacobian(grid.float()).unbind(-2))
+    return xx * yy - xy * yx
+
+
 def _find_targets(grid: Tensor, target: Tensor, steps: int = 40) -> tuple[Tensor, Tensor]:
     """Find q with T(q) = target for B×h×w×2 targets in [-1, 1]: q, and a mask of those that the grid reads.
 
@@ -156,7 +163,7 @@ def magnification(grid: Tensor, points: Tensor | None = None) -> Tensor:
         if points.ndim != 3 or points.shape[2] != 2 or len(points) != len(grid):
             raise ValueError(f"points must be B×N×2 with B = {len(grid)} of grid, got {tuple(points.shape)}.")
         places, shown = _find_targets(grid, pixels_to_grid(points.float(), grid.shape[1:3])[:, :, None])
-    area = torch.linalg.det(_jacobian(grid.float())).abs()[:, None]
+    area = _areas(grid).abs()[:, None]
     area = F.grid_sample(area, places, padding_mode="border", align_corners=True)[:, 0]
     scales = shown / area.clamp_min(1 / (grid.shape[1] * grid.shape[2]))
     return scales if points is None else scales[..., 0]
@@ -226,7 +233,7 @@ def magnified_boxes(grid: Tensor, sizes: Tensor, crop: Crop) -> Tensor:
     """
     _check_grid(grid)
     # where the grid itself is dense, so that no warp has to be inverted
-    magnified = (torch.linalg.det(_jacobian(grid.float())) < 1 / 1.1)[..., None]
+    magnified = (_areas(grid) < 1 / 1.1)[..., None]
     low = torch.where(magnified, grid, math.inf).amin((1, 2))
     high = torch.where(magnified, grid, -math.inf).amax((1, 2))
     corners = as_float64(torch.cat([low, high], dim=1))
