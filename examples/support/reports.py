@@ -14,7 +14,7 @@ from rich.table import Table
 from support.files import replace_text, replacing_file
 from torch import Tensor
 
-from s3n_timm.evaluation import OUTPUTS, ResultTable, confused_pairs, draw_confusions, result_tables
+from s3n_timm.evaluation import OUTPUTS, ResultTable, confidence, confused_pairs, draw_confusions, result_tables
 
 # files
 
@@ -44,7 +44,7 @@ def write_files(output: Path, results: dict[str, Any], records: dict[str, Tensor
         ((label, names[label], taken, names[taken], count) for label, taken, count in pairs),
     )
     columns = dict(index=records["index"], label=labels, prediction=predictions)
-    columns["probability"] = records["logits"].double().softmax(1).amax(1)
+    columns["probability"], _ = confidence(records["logits"])
     columns |= {
         f"correct_{name}": (records[f"prediction_{name}"] == labels).int()
         for name in OUTPUTS if f"prediction_{name}" in records

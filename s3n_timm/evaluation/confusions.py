@@ -12,6 +12,8 @@ from .statistics import confused_pairs, per_class_accuracy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST_NAMES = 300  # below bars: more would overlap, and take minutes
+
 
 def draw_confusions(
         labels: Tensor,
@@ -47,7 +49,8 @@ def draw_confusions(
     figure = Figure(figsize=(width, 11), layout="constrained")
     bars, matrix = figure.subplots(2, 1, height_ratios=(2, 3))
     bars.bar(range(len(order)), accuracy[order].tolist(), color="tab:blue")
-    bars.set_xticks(range(len(order)), [names[label] for label in order], rotation=90, fontsize=7)
+    if len(order) <= MOST_NAMES:
+        bars.set_xticks(range(len(order)), [names[label] for label in order], rotation=90, fontsize=7)
     bars.set_xlim(-0.6, len(order) - 0.4)
     bars.set_ylim(0, 100)
     mean = 100 * float((labels == predictions).float().mean())
@@ -59,8 +62,12 @@ def draw_confusions(
         matrix.set_axis_off()
         matrix.set_title("no class is taken for another")
         return figure
-    counts = torch.bincount(labels * classes + predictions, minlength=classes * classes).view(classes, classes)
-    counts = counts[shown][:, shown].cpu()
+    place = labels.new_full((classes,), -1)
+    place[shown] = torch.arange(len(shown), device=labels.device)
+    rows, columns = place[labels], place[predictions]
+    among = (rows >= 0) & (columns >= 0)
+    counts = torch.bincount(rows[among] * len(shown) + columns[among], minlength=len(shown) ** 2)
+    counts = counts.view(len(shown), len(shown)).cpu()
     errors = counts.clone().fill_diagonal_(0)
     matrix.imshow(errors.numpy(), cmap="Oranges", vmin=0, vmax=max(1, int(errors.max())))
     for row, column in counts.nonzero().tolist():

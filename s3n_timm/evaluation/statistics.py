@@ -9,7 +9,15 @@ from torch import Tensor
 
 from ..extras import needs_extra
 
+ROWS = 128  # at a time, where all at once would take several times the memory of the logits
+
 # calibration
+
+
+def confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest probability of each image, and its class: B in [0, 1] and B, of B×C logits."""
+    parts = [part.double().softmax(1).max(1) for part in logits.split(ROWS)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,12 +47,10 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
         Scalar in [0, 1].
     """
     with needs_extra("train"):
-        from torchmetrics.functional.classification import multiclass_calibration_error
+        from torchmetrics.functional.classification import binary_calibration_error
 
-    if logits.shape[1] == 1:
-        return logits.new_zeros(())  # always confident and right; torchmetrics takes two classes or more
-    probabilities = logits.float().softmax(1)
-    return multiclass_calibration_error(probabilities, labels, num_classes=logits.shape[1], n_bins=bins, norm="l1")
+    confidences, predictions = confidence(logits)
+    return binary_calibration_error(confidences, predictions == labels, n_bins=bins, norm="l1")
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -66,15 +72,19 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         raise ValueError(
             f"logits must be B×C and labels B, with B at least 1, got {tuple(logits.shape)} and {tuple(labels.shape)}."
         )
-    logits, labels = logits.detach().cpu().double(), labels.cpu()
+    logits, labels = logits.detach().cpu(), labels.cpu()
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits / log_temperature.exp().clamp(0.01, 100), labels)
-        loss.backward()
-        return loss
+        total = torch.zeros((), dtype=torch.float64)
+        for part, of_part in zip(logits.split(ROWS), labels.split(ROWS)):
+            scores = part.double() / log_temperature.exp().clamp(0.01, 100)
+            loss = F.cross_entropy(scores, of_part, reduction="sum") / len(labels)
+            loss.backward()
+            total += loss.detach()
+        return total
 
     with torch.enable_grad():
         optimizer.step(closure)
