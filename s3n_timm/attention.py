@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .response import in_float32
 
-COMPLEMENTS = ("peaks", "shrink")
-
 # Below this a peak's value is taken as this: 1/R and the Gaussian's width stay finite in float32.
 MIN_PEAK = 1e-6
 MIN_SPREAD = 1e-12
@@ -80,26 +78,3 @@ def sampling_map(
     across_x = torch.exp(along_x[:, None, :] * falloff[:, None])
     with in_float32(value.device):
         return floor + across_y.flatten(2) @ across_x.flatten(2).transpose(1, 2)
-
-
-def complementary_map(response: Tensor, strongest: Tensor, beta: Tensor | float, floor: float = 0.09) -> Tensor:
-    """Attention everywhere but at the strongest peak: Q_c = floor + 1 - exp(-d² / β²), beyond the paper.
-
-    Where an image has one peak, the paper's complementary set is empty and its image is the input again. This map
-    shrinks the place that the discriminative image magnifies, so that the branch must find other evidence.
-
-    Args:
-        response: B×G×G response in [0, 1].
-        strongest: B×G×G, 1 at each response's strongest peak and 0 elsewhere.
-        beta: width in cells, a number or a one-element tensor.
-        floor: b, the attention at the peak.
-
-    Returns:
-        B×G×G sampling map, float32; uniform where a response has no peak.
-
-    Raises:
-        ValueError: as for `sampling_map`.
-    """
-    # the strongest peak of a normalized response is 1, so this is 1 there and 0 far from it
-    near = sampling_map(response.masked_fill(strongest > 0, 1.0), strongest, beta, "discriminative", floor) - floor
-    return floor + 1 - near

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from .attention import COMPLEMENTS
 from .peaks import PARTITION_MODES, PEAK_FLOORS
 from .response import GATES
 from .sampling import ATTENTIONS, BORDERS
@@ -180,7 +179,6 @@ class S3NConfig:
         "nor are the options below.")
     zoom_size: tuple[int, int] | None = _pixels(
         "Pixels of the warped images, which are sampled from the input at its full resolution, see `zoom`.")
-    complement: str = _choice("peaks", COMPLEMENTS, "What the complementary image shows, see `complementary_map`.")
     border: str = _choice("replicate", BORDERS, "How sampling maps are padded, see `warp_grid`.")
     answer: str = _choice(
         "joint", ANSWERS,
@@ -229,4 +227,4 @@ S3NConfig.__doc__ = f"{S3NConfig.__doc__}" + "\n".join(
 # Options that decide which parameters a model has, of which shape, or which sizes it reads; the others may change on a
 # model that exists.
 STRUCTURE = ("backbone", "preset", "branches", "attention", "neck", "beta_discriminative", "beta_complementary",
-             "grid_size", "kernel", "complement", "partition_warmup_epochs", "backbone_args", "scan_size", "zoom_size")
+             "grid_size", "kernel", "partition_warmup_epochs", "backbone_args", "scan_size", "zoom_size")

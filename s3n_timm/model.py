@@ -24,7 +24,7 @@ for _function in (sample_response, scan):
     register_notrace_function(_function)
 
 GATE_OPTIONS = ("grid_size", "gate_scores", "threshold", "topk", "gate")
-SAMPLE_OPTIONS = ("attention", "grid_size", "window", "peak_floor", "floor", "fwhm", "border", "complement")
+SAMPLE_OPTIONS = ("attention", "grid_size", "window", "peak_floor", "floor", "fwhm", "border")
 
 
 class S3N(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import COMPLEMENTS, complementary_map, sampling_map
+from .attention import sampling_map
 from .multiscale import layout_of, read_border, zoom
 from .peaks import find_peaks, partition_peaks
 from .response import gate_response, in_float32, normalize_response, resize_maps
@@ -237,7 +237,6 @@ def sample_response(
         fwhm: float = 13,
         kernel: Tensor | None = None,
         border: str = "replicate",
-        complement: str = "peaks",
         size: Sequence[int] | None = None,
         branches: Sequence[str] = BRANCHES,
         generator: torch.Generator | None = None,
@@ -249,16 +248,12 @@ def sample_response(
         response: B×h×w response of `gate_response`, or the saliency to sample by.
         attention: `"sparse"`: Gaussians around peaks; `"response"`: Q = floor + R, dense; `"saliency"`: Q = floor +
             the response as it is, not normalized and with its gradient, no peaks.
-        complement: what the complementary image shows: `"peaks"`: magnified weak peaks, as in the paper; `"shrink"`:
-            all but the strongest peak, by `complementary_map`. For sparse attention.
         size: (H', W') of the warped images, read by `zoom`; the image's own, read by `resample`, if left out.
 
     The other arguments, the result and the errors are those of `selective_sample`.
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}.")
-    if complement not in COMPLEMENTS:
-        raise ValueError(f"complement must be one of {', '.join(COMPLEMENTS)}, got {complement!r}.")
     if isinstance(branches, str) or not set(branches) <= set(BRANCHES):
         raise ValueError(f"branches must be a sequence of {' and '.join(BRANCHES)}, got {branches!r}.")
     grid_size = as_grid(grid_size)
@@ -272,8 +267,6 @@ def sample_response(
         if attention == "sparse":
             peaks = find_peaks(response, window, peak_floor)
             weights = dict(zip(BRANCHES, partition_peaks(response, peaks, mode, generator)))
-            if complement != "peaks":
-                weights["complementary"] = partition_peaks(response, peaks, "extreme")[0]
         else:
             peaks = torch.zeros_like(response, dtype=torch.bool)
             weights = {}
@@ -287,10 +280,7 @@ def sample_response(
                 beta = betas[branch]
                 if beta is None:
                     raise ValueError(f"beta_{branch} is missing: the {branch} branch needs it for sparse attention.")
-                if branch == "complementary" and complement == "shrink":
-                    q = complementary_map(response, of_branch, beta, floor)
-                else:
-                    q = sampling_map(response, of_branch, beta, branch, floor)
+                q = sampling_map(response, of_branch, beta, branch, floor)
             grid = _warp(q, warp, kernel, border)
             warped = zoom(image, grid) if size else resample(image, grid)
             samples[branch] = BranchSample(warped, grid, q, of_branch)
@@ -328,7 +318,7 @@ def selective_sample(
         gate: `"paper"` or `"renormalized"`, see `gate_weights`.
         grid_size: G, or (rows, columns) for images that are not square.
         **options: of `sample_response`: `attention`, `window`, `peak_floor`, `floor`, `fwhm`, `kernel`, `border`,
-            `complement`, `size`, `branches` and `generator`.
+            `size`, `branches` and `generator`.
 
     Returns:
         A `SelectiveSample`.

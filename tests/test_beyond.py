@@ -9,8 +9,8 @@ from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 
 import s3n_timm
-from s3n_timm import S3N, resample, sampling_map, selective_sample, warp_grid
-from s3n_timm.evaluation import magnification, measure_batch
+from s3n_timm import S3N, resample, sampling_map, warp_grid
+from s3n_timm.evaluation import measure_batch
 from s3n_timm.multiscale import grid_steps, identity_grid, scan, zoom
 from s3n_timm.outputs import mean_answer
 from s3n_timm.sampling import gaussian_kernel
@@ -178,27 +178,7 @@ def test_one_pass_is_one_graph_compiled_and_exported():
         torch.testing.assert_close(program.module()(x[:2]), expected[:2])
 
 
-# what the complementary image shows, and the border
-
-
-def test_shrink_gives_the_strongest_peak_the_least_room():
-    x = images()
-    seen = build(complement="shrink").eval().explain(x).sample
-    assert seen.peaks.any((1, 2)).all()
-    strongest = seen.complementary.weights
-    assert torch.equal(strongest.sum((1, 2)), torch.ones(len(x)))
-    q = seen.complementary.sampling_map
-    torch.testing.assert_close(q[strongest > 0], torch.full((len(x),), 0.09))
-    assert (q.amin((1, 2)) == q[strongest > 0]).all()
-    shown = magnification(seen.complementary.grid, peak_places(strongest, x.shape[-2:]))
-    assert (shown < 1).all()
-
-
-def test_nothing_is_dropped_where_there_is_no_peak():
-    x = torch.zeros(1, 3, 96, 80)
-    sample = selective_sample(x + 1, torch.zeros(1, 4, 3, 3), None, mode="expected", beta_discriminative=3.9,
-                              beta_complementary=13.2, complement="shrink")
-    torch.testing.assert_close(sample.complementary.image, x + 1, rtol=0, atol=1e-4)
+# the border
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -212,13 +192,6 @@ def test_a_reflected_border_crops_nothing(dense):
     assert copied[0, 0, :, 1].max() > -0.95
     step = (mirrored[0, 1:, 32, 1] - mirrored[0, :-1, 32, 1]) * 63 / 2
     assert step.min() < 0.8
-
-
-def peak_places(weights, size):
-    """B×1×2 pixels (x, y) of the one peak of each image."""
-    row, column = (weights > 0).nonzero()[:, 1:].unbind(1)
-    scale = torch.tensor([size[1] - 1, size[0] - 1]) / torch.tensor([weights.shape[2] - 1, weights.shape[1] - 1])
-    return (torch.stack([column, row], 1) * scale)[:, None]
 
 
 # other places to be built in

@@ -22,7 +22,6 @@ from test_original import loaded, whole  # noqa: F401 (fixtures)
 from torch import nn
 
 from s3n_timm import S3N, S3NLoss
-from s3n_timm.attention import COMPLEMENTS
 from s3n_timm.data import drawn_birds
 from s3n_timm.sampling import sample_response, selective_sample
 
@@ -126,8 +125,7 @@ def test_gradients(name):
         assert_near(ours[key], theirs[key], 0.1, key)
 
 
-@pytest.mark.parametrize("complement", COMPLEMENTS)
-def test_gradients_of_the_widths(complement):
+def test_gradients_of_the_widths():
     """On images without edges, in which a neighboring pixel has the same slope."""
     x = nn.functional.interpolate(nn.functional.avg_pool2d(photographs(), 10), 160, mode="bicubic")
     response = nn.functional.interpolate(torch.rand(4, 1, 6, 6, generator=torch.Generator().manual_seed(0)), 31)[:, 0]
@@ -135,7 +133,7 @@ def test_gradients_of_the_widths(complement):
     for device in ("cpu", DEVICE):
         betas = [torch.tensor([value], device=device, requires_grad=True) for value in (3.9, 13.2)]
         seen = sample_response(x.to(device), response.to(device), mode="expected", beta_discriminative=betas[0],
-                               beta_complementary=betas[1], complement=complement)
+                               beta_complementary=betas[1])
         loss = sum(branch.image.square().sum() for branch in (seen.discriminative, seen.complementary))
         gradients.append(torch.stack(torch.autograd.grad(loss, betas, materialize_grads=True)).cpu())
     assert_near(gradients[1][0], gradients[0][0], 1e-3, "gradients of β₁")

@@ -21,7 +21,7 @@ MODELS = {
     "tokens": dict(backbone="test_vit", img_size=64, backbone_args=dict(global_pool="avg")),
     "response": dict(attention="response"),
     "saliency": dict(attention="saliency"),
-    "shrink": dict(complement="shrink", border="reflect"),
+    "reflected border": dict(border="reflect"),
     "zoom": dict(scan_size=32, zoom_size=48),
     "random partition": dict(partition_train="random", partition_eval="probability"),
 }

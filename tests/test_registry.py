@@ -41,7 +41,6 @@ ARGUMENTS = dict(
     backbone_args=dict(output_stride=16),
     scan_size=[64, 96],
     zoom_size=[96, 64],
-    complement="shrink",
     border="reflect",
     exit_entropy=0.0,  # the one value that goes with several labels
     multi_label=True,

@@ -138,7 +138,6 @@ def test_a_seed_repeats_a_run_and_another_does_not(trained, tmp_path):
         ["--bce-loss", "--bce-sum", "--smoothing", 0.1, "--mixup", 0.4, "--bce-target-thresh", 0.2],
         ["--clip-grad", 0.1],
         ["--attention", "saliency"],
-        ["--model-kwargs", '{"complement": "shrink"}'],
         ["--model-kwargs", '{"border": "reflect"}'],
     ],
     ids=lambda args: " ".join(map(str, args)).lstrip("-"),

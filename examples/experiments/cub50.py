@@ -101,7 +101,6 @@ AUGMENTATIONS = {
     "randaugment": ("--aa", "rand-m9-mstd0.5-inc1"),
 }
 IDEAS = {
-    "shrink": kwargs(complement="shrink"),
     "reflect": kwargs(border="reflect"),
     "progressive": ("--start-size", "128"),
     "snapmix": ("--snapmix", "5"),
