@@ -173,7 +173,7 @@ def set_options(model: nn.Module, args: argparse.Namespace) -> None:
 
 
 def load_data(
-        args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any], verify: bool,
+        args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any], verify: bool | None,
 ) -> datasets.Dataset:
     if args.dataset == "birds":
         size = max(data_config["input_size"][1:])
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             set_options(model, args)
             overrides = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
             data_config = input_config(model, overrides)
-            verify = args.verify and accelerator.is_local_main_process
+            verify = args.verify if accelerator.is_local_main_process else None
             dataset = load_data(args, model, data_config, verify)
         if is_multi_label(dataset) and args.faithfulness:
             raise ValueError("--faithfulness follows one class an image: leave it out, as images have several labels.")

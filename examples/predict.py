@@ -289,7 +289,17 @@ def claim(
         content = dict(command=command, model_sha256=model, images_sha256=source.digest, parts=parts)
         replace_text(path, json.dumps(content, indent=1))
     accelerator.wait_for_everyone()
+    content = read_manifest(path)  # images may have come or gone while the processes listed them, one after the other
+    if content["images_sha256"] != source.digest:
+        if source.names is None:
+            raise ValueError(f"SOURCE {args.source} changed while it was read: start again.")
+        source, parts = Source(content["images_sha256"], read_names(content, args)), content["parts"]
     return source, parts
+
+
+def read_names(manifest: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """The images of an output folder, in the order of its rows."""
+    return json.loads((args.output / f"images-{manifest['images_sha256'][:16]}.json").read_text(encoding="utf-8"))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -310,7 +320,7 @@ def find_changes(source: Source, before: dict[str, Any], args: argparse.Namespac
     if source.names is None:
         raise ValueError(f"SOURCE {args.source} changed since --output {args.output} was begun, so its rows may have "
                          "other numbers: choose another folder.")
-    old = json.loads((args.output / f"images-{before['images_sha256'][:16]}.json").read_text(encoding="utf-8"))
+    old = read_names(before, args)
     now, then = set(source.names), set(old)
     new = [name for name in source.names if name not in then]
     if not new and now == then:

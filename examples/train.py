@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, DistributedType, TorchDynamoPlugin, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    TorchDynamoPlugin,
+    gather_object,
+    set_seed,
+)
 from support.arguments import parse_args, trajectory
 from support.checkpoints import (
     OutputError,
@@ -34,6 +40,7 @@ from support.launching import (
     DataError,
     StopSignal,
     accept_any_encoding,
+    decide_together,
     exiting_on,
     reading,
     refuse_lone_process,
@@ -335,7 +342,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
     """Set up a run, or continue it, and train it to its end or to a signal."""
     with exiting_on(ValueError, TypeError, OSError, RuntimeError):
         with accelerator.main_process_first():
-            splits = load_splits(args, verify=args.verify and accelerator.is_local_main_process)
+            splits = load_splits(args, verify=args.verify if accelerator.is_local_main_process else None)
         if args.patience and splits["val"] is splits["test"]:
             raise ValueError("--patience needs validation images: give --val-fraction, or a folder val beside train.")
         names = class_names(splits["train"])
@@ -348,9 +355,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
         evaluation = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)
         data_config = input_config(model, evaluation)
         refuse_single_values(model, args, data_config["input_size"])
-        held = dict(trajectory(args, accelerator.num_processes), classes=names, images=describe_images(splits),
+        images = describe_images(splits)
+        if any(other != images for other in gather_object([images])):
+            raise ValueError("The processes read different images: files came or went meanwhile, or machines have "
+                             "copies that differ. Start again with the same files everywhere.")
+        held = dict(trajectory(args, accelerator.num_processes), classes=names, images=images,
                     class_weights=class_weights)
-        checkpoint, notes = find_checkpoint(args.output, args.resume, held)
+        checkpoint, notes = decide_together(lambda: find_checkpoint(args.output, args.resume, held), accelerator)
         shared = {name: data_config[name] for name in ("input_size", "interpolation", "mean", "std")}
         augment = create_transform(
             **shared,
@@ -408,6 +419,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
         accelerator.init_trackers("s3n_timm", {name: str(value) for name, value in vars(args).items()})
     started = time.monotonic()
     stopped = False
+    stop.wait()
     for epoch in range(progress.epoch, args.epochs):
         if lost_patience(args, progress):
             accelerator.print(f"No better epoch for {args.patience}: stopped early after {epoch} epochs.")

@@ -234,12 +234,15 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], others: Counter[str]
     if status.st_ino and here in above:  # drives without numbers give 0
         return
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not is_hidden(entry.name))
+        found = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
     folders = []
-    for path in (folder / name for name in names):
-        if path.is_dir():
+    for entry in found:
+        path = folder / entry.name
+        # an entry knows what it is without asking the disk; a path knows links that lead in circles
+        asked = path if entry.is_symlink() else entry
+        if asked.is_dir():
             folders.append(path)
-        elif path.suffix.lower() in image_suffixes() and path.is_file():  # no pipe, device or broken link
+        elif path.suffix.lower() in image_suffixes() and asked.is_file():  # no pipe, device or broken link
             yield path
         else:
             others[printable(path.suffix.lower())] += 1

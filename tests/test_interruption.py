@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import train as script
 from accelerate import Accelerator
 from helpers import ENVIRONMENT, EXAMPLES, SMALL, Forked, train, weights
 from PIL import Image
@@ -125,6 +126,17 @@ def test_ctrl_c_leaves_spawned_workers_to_the_run(tmp_path):
     assert run.returncode == 0, text
     assert "Traceback" not in text
     assert "Stopped by Ctrl-C" in text
+
+
+def test_a_signal_before_training_ends_the_process_at_once(tmp_path, monkeypatch):
+    def be_told(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(script, "load_splits", be_told)
+    text = train("--output", tmp_path / "run", ok=False)
+    assert "ended by SIGTERM before anything was learned" in text
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
@@ -439,6 +451,20 @@ def test_a_lock_whose_process_ended_is_taken_over(tmp_path, owner):
         with pytest.raises(ValueError, match="is being written by process"), files.claimed(tmp_path / "run"):
             pass
         assert [path.name for path in (tmp_path / "run").iterdir()] == [files.LOCK]
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_lock_of_another_host_without_a_sign_of_life_is_taken_over(tmp_path, monkeypatch):
+    lock(tmp_path / "run", host="elsewhere")
+    old = time.time() - 11 * files.HEARTBEAT
+    os.utime(tmp_path / "run" / files.LOCK, (old, old))
+    monkeypatch.setattr(files, "HEARTBEAT", 0.05)
+    with files.claimed(tmp_path / "run"):
+        held = (tmp_path / "run" / files.LOCK).stat().st_mtime_ns
+        deadline = time.monotonic() + 10
+        while (tmp_path / "run" / files.LOCK).stat().st_mtime_ns == held and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (tmp_path / "run" / files.LOCK).stat().st_mtime_ns > held
     assert not list((tmp_path / "run").iterdir())
 
 

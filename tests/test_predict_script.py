@@ -411,6 +411,35 @@ def test_another_model_in_the_same_folder_is_refused(growing, predict, tmp_path)
     assert read(tmp_path / "out") == before
 
 
+class OtherProcess:
+    """An accelerator of a process that listed the images after the main process did."""
+
+    is_main_process, device, process_index, num_processes = False, torch.device("cpu"), 1, 2
+
+    def __init__(self, main):
+        self.main, self.waits = main, 0
+
+    def wait_for_everyone(self):
+        self.waits += 1
+        if self.waits == 2:  # the main process has written
+            self.main()
+
+
+def test_all_processes_take_the_list_of_the_main_one(script, model_folder, growing, tmp_path):
+    from accelerate import Accelerator
+
+    args = script.parse_args([str(word) for word in (model_folder, growing, "--output", tmp_path / "out", *FAST)])
+    classifier = Classifier.from_pretrained(args.weights)
+    args.output.mkdir()
+    listed = script.open_source(args)
+    add(growing, "00.png")
+    late = script.open_source(args)
+    assert len(late.names) > len(listed.names)
+    other = OtherProcess(lambda: script.claim(listed, classifier, args, Accelerator()))
+    source, parts = script.claim(late, classifier, args, other)
+    assert (source.names, parts) == (listed.names, [len(listed.names)])
+
+
 def test_rows_that_changed_are_refused(model_folder, photographs, predict, tmp_path):
     def write(count):
         stored = [dict(bytes=path.read_bytes(), path=None) for path in sorted(photographs.glob("0/*.png"))[:count]]

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.files import replace_folder, replace_text
+from support.launching import decide_together
 from timm.utils import ModelEmaV3
 
 from s3n_timm.images import is_of_system
@@ -322,8 +323,10 @@ def set_aside_newer(output: Path, progress: Progress, accelerator: Accelerator) 
 
     The best epoch is forgotten with them: `best/` may hold weights of what they belong to.
     """
-    newer = [folder for folder in list_checkpoints(output) if _count_updates(folder) > progress.updates]
-    accelerator.wait_for_everyone()
+    def find_newer() -> list[Path]:
+        return [folder for folder in list_checkpoints(output) if _count_updates(folder) > progress.updates]
+
+    newer = decide_together(find_newer, accelerator)
     aside = [_set_aside(folder, "abandoned", accelerator) for folder in newer]
     accelerator.wait_for_everyone()
     if newer:

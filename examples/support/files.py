@@ -6,14 +6,16 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 
 import psutil
 
 from s3n_timm.files import replace_path, replacing_file, synchronize_to_disk
 
 LOCK = ".lock"
+HEARTBEAT = 60  # seconds between two signs of life of a lock; without one for ten times as long its owner is gone
 
 
 # files
@@ -50,15 +52,34 @@ def _describe_process() -> dict[str, str | int | float]:
     return dict(host=socket.gethostname(), pid=os.getpid(), started=psutil.Process().create_time())
 
 
+def _seconds_since_sign(lock: Path) -> float:
+    """By the clock of the disk, which may be that of another machine."""
+    probe = lock.with_name(f".partial-{os.getpid()}-{secrets.token_hex(4)}.lock")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - lock.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def _give_signs(lock: Path, ended: Event) -> None:
+    while not ended.wait(HEARTBEAT):
+        with suppress(OSError):
+            os.utime(lock)
+
+
 def _find_owner(lock: Path) -> str | None:
     """Who holds a lock, in words; None if that process has ended."""
     try:
         owner = json.loads(lock.read_text(encoding="utf-8"))
         host, pid, started = str(owner["host"]), int(owner["pid"]), float(owner["started"])
+        silent = _seconds_since_sign(lock)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
         return "an unknown process"  # perhaps just being written
+    if silent > 10 * HEARTBEAT:
+        return None
     if host == socket.gethostname():
         try:
             if abs(psutil.Process(pid).create_time() - started) > 1:
@@ -93,11 +114,16 @@ def claimed(folder: Path) -> Iterator[None]:
         raise OSError(f"{folder} cannot be written: {error.strerror}.") from error
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         json.dump(_describe_process(), file)
+    ended = Event()
+    signs = Thread(target=_give_signs, args=(lock, ended), daemon=True)
+    signs.start()
     try:
         for rest in folder.glob(".partial-*"):  # of writers that were killed
             rest.unlink(missing_ok=True)
         yield
     finally:
+        ended.set()
+        signs.join()
         lock.unlink(missing_ok=True)
 
 

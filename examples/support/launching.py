@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from multiprocessing import resource_tracker, util
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from accelerate.utils.environment import get_cpu_distributed_information
 
 RANKS = ("LOCAL_RANK", "RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -64,8 +64,28 @@ def accept_any_encoding() -> None:
             stream.reconfigure(errors="replace")
 
 
+def decide_together(decide: Callable[[], Any], accelerator: Accelerator) -> Any:
+    """What the main process decides, for every process: files may look different to them.
+
+    Raises:
+        ValueError, OSError: deciding failed so.
+    """
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            told[0] = decide()
+        except (ValueError, OSError) as error:
+            told[1] = error
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
 class StopSignal:
-    """Within `with`, SIGTERM and Ctrl-C set a flag in place of ending the process; a second Ctrl-C ends it.
+    """Within `with`, SIGTERM and Ctrl-C end the process at once, and after `wait` they set a flag in place of it.
+
+    A second Ctrl-C always ends it.
 
     Attributes:
         name: what asked this process to stop; None so far.
@@ -73,6 +93,11 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._waits = False
+
+    def wait(self) -> None:
+        """From here on there is something to lose, and someone who looks at `name`."""
+        self._waits = True
 
     def __enter__(self) -> "StopSignal":
         kinds = signal.SIGTERM, signal.SIGINT  # SIGTERM is how a cluster announces that it takes the machine away
@@ -84,9 +109,11 @@ class StopSignal:
             signal.signal(kind, handler)
 
     def _receive(self, kind: int, _: FrameType | None) -> None:
-        if self.name is not None and kind == signal.SIGINT:
+        if kind == signal.SIGINT and (self.name is not None or not self._waits):
             raise KeyboardInterrupt
         self.name = "Ctrl-C" if kind == signal.SIGINT else signal.Signals(kind).name
+        if not self._waits:
+            sys.exit(f"{Path(sys.argv[0]).name}: ended by {self.name} before anything was learned.")
 
 
 @functools.cache

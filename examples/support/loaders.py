@@ -34,17 +34,17 @@ from s3n_timm.data import (
 Transform = Callable[[Any], Tensor]
 
 
-def load_splits(args: argparse.Namespace, verify: bool) -> dict[str, Any]:
+def load_splits(args: argparse.Namespace, verify: bool | None) -> dict[str, Any]:
     """Training, validation and test images; without a validation part, validation is the test split itself.
 
-    All images are decoded, and compared with those of the other splits, where verify says so.
+    All images are decoded, and compared with those of the other splits, where verify is true; None reads none.
     Where the files of a data set have a validation part, args.val_split is set to it: it takes the place of
     --val-fraction, as a split of the Hub does.
     """
     if not args.val_split and has_validation(args.dataset, args.data_dir):
         args.val_split = "validation"
     kind = args.dataset.partition(":")[0]
-    options: dict[str, Any] = dict(verify=verify and not args.streaming)
+    options: dict[str, Any] = dict(verify=False if args.streaming else verify)
     if kind in ("hub", "parquet"):
         options.update(image_column=args.image_column, label_column=args.label_column)
     if args.streaming:
@@ -63,8 +63,7 @@ def load_splits(args: argparse.Namespace, verify: bool) -> dict[str, Any]:
     elif args.val_fraction:
         train, val = hold_out(train, args.val_fraction, args.seed)
     if verify and not args.streaming and kind != "birds":  # birds of two splits are drawn apart
-        for other in (val,) if val is test else (val, test):
-            check_disjoint(train, other)
+        check_disjoint(train, *((val,) if val is test else (val, test)))
     return dict(train=train, val=val, test=test)
 
 

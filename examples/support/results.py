@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from support.checkpoints import explaining_output, replacing
 from support.files import replace_text, replacing_file
-from support.launching import reading
+from support.launching import decide_together, reading
 from support.loaders import create_eval_loader
 from support.measuring import describe_results
 from support.progress import progress as show_progress
@@ -37,17 +37,30 @@ Measure = Callable[[Any], dict[str, Tensor]]
 
 @torch.inference_mode()
 def gather_rows(run: Run, loader: Any, desc: str, measure: Measure) -> dict[str, Tensor] | None:
-    """What `measure` makes of each batch, of all processes, each image once; None where a signal stopped it."""
+    """What `measure` makes of each batch, of all processes, each image once; None where a signal stopped it.
+
+    The rows come to the main process, into its memory, and are empty on the others: a device has no room for the
+    logits of many images and classes.
+    """
     accelerator = run.accelerator
-    gathered: list[dict[str, Tensor]] = []
+    kept: list[dict[str, Tensor]] = []
+    last: dict[str, Tensor] = {}
+
+    def keep(rows: dict[str, Tensor]) -> bool:
+        """Whether to go on."""
+        if accelerator.is_main_process:
+            kept.append({name: each.cpu() for name, each in rows.items()})
+        return not rows["stop"].any()
+
     for batch in reading(show_progress(loader, desc=desc, disable=not accelerator.is_main_process, leave=False)):
         with accelerator.autocast():
             rows = measure(batch)
         rows["stop"] = torch.full((len(batch["label"]),), run.stop.name is not None, device=accelerator.device)
-        gathered.append(accelerator.gather_for_metrics({name: each.contiguous() for name, each in rows.items()}))
-        if len(gathered) > 1 and gathered[-2]["stop"].any():  # one batch late, as in training
+        before, last = last, accelerator.gather_for_metrics({name: each.contiguous() for name, each in rows.items()})
+        if before and not keep(before):  # one batch late, as in training
             return None
-    return {name: torch.cat([rows[name] for rows in gathered]) for name in gathered[0]}
+    keep(last)
+    return {name: torch.cat([rows[name] for rows in kept]) for name in last} if kept else {}
 
 
 def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[str, float] | None:
@@ -80,10 +93,14 @@ def evaluate(run: Run, model: nn.Module, loader: Any, desc: str = "") -> dict[st
         return None
     if isinstance(bare, S3N):
         bare.set_branch_logits(None)
-    if run.multi_label:
-        *outputs, labels = rows["columns"].cpu().unbind(1)
-        return {name: 100 * mean_average_precision(logits, labels) for name, logits in zip(names, outputs)}
-    return dict(zip(names, (100 * rows["columns"].cpu().double().mean(0)).tolist()))
+
+    def summarize_columns() -> dict[str, float]:
+        if run.multi_label:
+            *outputs, labels = rows["columns"].unbind(1)
+            return {name: 100 * mean_average_precision(logits, labels) for name, logits in zip(names, outputs)}
+        return dict(zip(names, (100 * rows["columns"].double().mean(0)).tolist()))
+
+    return decide_together(summarize_columns, accelerator)
 
 
 def export_backbone(run: Run, best: nn.Module, test: Any) -> dict[str, float] | None:
@@ -120,16 +137,15 @@ def measure_for_card(run: Run, kind: str, test: Any) -> bool:
         return False
     if not accelerator.is_main_process:
         return True
-    records = {name: values.cpu() for name, values in rows.items()}
     results = describe_results(
         model,
         data_config,
-        summarize_labels(records, run.names) if run.multi_label else summarize(records, seed=args.seed),
+        summarize_labels(rows, run.names) if run.multi_label else summarize(rows, seed=args.seed),
         accelerator,
         weights=str(args.output / kind),
         dataset=args.dataset,
         split=args.test_split if args.dataset.startswith("hub:") else "test",
-        images=len(records["label"]),
+        images=len(rows["label"]),
     )
     path = measured_path(args.output, kind)
     with explaining_output(path):

@@ -11,7 +11,7 @@ from .index_files import check_ids, check_trained, clip_box, read_number, read_t
 from .schema import check_counts, check_image_files, check_split, data_folder, dataset_with_boxes
 
 
-def aircraft(data_dir: str | Path, split: str = "train", verify: bool = False) -> datasets.Dataset:
+def aircraft(data_dir: str | Path, split: str = "train", verify: bool | None = False) -> datasets.Dataset:
     """Read FGVC-Aircraft, its 100 variants as classes, with a warning if the number of images is not the official one.
 
     At the bottom of each image there is a banner, 20 pixels high, that names its author; it is left in place.
@@ -20,7 +20,7 @@ def aircraft(data_dir: str | Path, split: str = "train", verify: bool = False) -
         data_dir: Folder of the release, fgvc-aircraft-2013b, or its folder data with images/, variants.txt,
             images_variant_train.txt, images_variant_val.txt, images_variant_test.txt and images_box.txt.
         split: 'train', which takes in the release's val, or 'test'.
-        verify: Decode every image of the split now rather than its header only.
+        verify: Decode every image of the split now rather than its header only, as None does.
 
     Returns:
         Dataset with the columns image, label and box, in the order of the files. Labels count from 0 in the order of
@@ -106,14 +106,14 @@ def _car_annotations(path: Path, num_classes: int) -> dict[str, tuple[int, tuple
     return annotations
 
 
-def cars(data_dir: str | Path, split: str = "train", verify: bool = False) -> datasets.Dataset:
+def cars(data_dir: str | Path, split: str = "train", verify: bool | None = False) -> datasets.Dataset:
     """Read Stanford Cars, with a warning if the number of images is not the official one.
 
     Args:
         data_dir: Folder with cars_train/, cars_test/, devkit/cars_meta.mat, devkit/cars_train_annos.mat and, for the
             test split, cars_test_annos_withlabels.mat, itself or in devkit/.
         split: 'train' or 'test'.
-        verify: Decode every image of the split now rather than its header only.
+        verify: Decode every image of the split now rather than its header only, as None does.
 
     Returns:
         Dataset with the columns image, label and box, in the order of the annotations. Labels count from 0 in the order

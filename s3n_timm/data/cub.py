@@ -10,14 +10,14 @@ from .index_files import check_ids, check_trained, clip_box, read_flag, read_nam
 from .schema import check_counts, check_image_files, check_split, data_folder, recognition_features
 
 
-def cub(data_dir: str | Path, split: str = "train", verify: bool = False) -> datasets.Dataset:
+def cub(data_dir: str | Path, split: str = "train", verify: bool | None = False) -> datasets.Dataset:
     """Read CUB-200-2011 or any data set in its layout, with a warning if the number of images is not the official one.
 
     Args:
         data_dir: Folder with images.txt, classes.txt, image_class_labels.txt, train_test_split.txt,
             bounding_boxes.txt, parts/parts.txt, parts/part_locs.txt and images/.
         split: 'train' or 'test'.
-        verify: Decode every image of the split now rather than its header only.
+        verify: Decode every image of the split now rather than its header only, as None does.
 
     Returns:
         Dataset in the order of images.txt. Labels count from 0 in the order of classes.txt. Boxes are clipped to the

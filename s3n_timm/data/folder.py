@@ -58,7 +58,7 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     return {printable(path.name): path for path in folders}
 
 
-def image_folder(data_dir: str | Path, split: str = "train", verify: bool = False) -> datasets.Dataset:
+def image_folder(data_dir: str | Path, split: str = "train", verify: bool | None = False) -> datasets.Dataset:
     """Read data_dir/<split>/<class>/…/<image>, with classes in alphabetical order.
 
     The folder of the validation split may be called valid, val or validation; without a folder test it is the test
@@ -68,7 +68,8 @@ def image_folder(data_dir: str | Path, split: str = "train", verify: bool = Fals
     Args:
         data_dir: Folder of the data set.
         split: 'train', 'validation' or 'test'.
-        verify: Decode every image of the split now rather than its header only.
+        verify: Decode every image of the split now rather than its header only; None reads none, as where another
+            process has.
 
     Returns:
         Dataset with the columns image and label.
@@ -96,7 +97,8 @@ def image_folder(data_dir: str | Path, split: str = "train", verify: bool = Fals
         if not paths:
             raise ValueError(f"{printable(folder)} is an empty class; add images or remove the folder.")
         labels.update(dict.fromkeys(paths, label))
-    check_image_files(labels, verify)
+    if verify is not None:
+        check_image_files(labels, verify)
     columns = dict(image=list(map(str, labels)), label=list(labels.values()))
     features = recognition_features(list(folders))
     return datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))

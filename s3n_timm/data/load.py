@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,62 +11,60 @@ from .birds import drawn_birds
 from .cub import cub
 from .folder import folder_splits, image_folder
 from .multi_label import multi_label_folder
-from .schema import data_folder
-from .tables import hub, image_files, parquet, parquet_files
+from .schema import check_all, data_folder
+from .tables import StoredFile, hub, image_files, parquet, parquet_files
 
 
-def check_disjoint(train: Any, other: Any) -> None:
-    """Check that a validation or test split shares no image file with training.
+def check_disjoint(train: Any, *others: Any) -> None:
+    """Check that validation and test splits share no image file with training.
 
     A file is shared if it is the same path, or another path or row with the same bytes. Only files whose size occurs on
     both sides are hashed.
 
     Args:
         train: Training split with a column image; a data set or a stream, which is read through up to twice.
-        other: Validation or test split, likewise.
+        others: Validation and test splits, likewise.
 
     Raises:
         FileNotFoundError: If a file does not exist locally.
         ValueError: If a file is shared; names the first.
     """
-    def size(path: str | None, content: bytes | None) -> int:
-        if content is not None:
-            return len(content)
+    def describe(file: StoredFile) -> tuple[str | None, int]:
+        path, content = file
+        if content is not None:  # the path beside it is but a note, which two different images may share
+            return None, len(content)
         if path is None or not os.path.isfile(path):
             raise FileNotFoundError(f"Image {path} is not a local file and cannot be compared; restore or download it.")
-        return os.path.getsize(path)
+        return os.path.abspath(path), os.path.getsize(path)
 
-    def digest(path: str | None, content: bytes | None) -> bytes:
-        return hashlib.sha256(Path(str(path)).read_bytes() if content is None else content).digest()
+    def name_and_digest(row: int, file: StoredFile) -> tuple[str, bytes]:
+        path, content = file
+        digest = hashlib.sha256(Path(str(path)).read_bytes() if content is None else content).digest()
+        return str(path) if content is None else f"row {row}" + (f" ({path})" if path else ""), digest
 
-    def called(row: int, path: str | None, content: bytes | None) -> str:
-        return str(path) if content is None else f"row {row}" + (f" ({path})" if path else "")
+    def digests(dataset: Any, described: Sequence[tuple[str | None, int]]) -> list[tuple[str, bytes]]:
+        rows = zip(enumerate(image_files(dataset)), described)
+        chosen = (row for row, (_, size) in rows if size in sizes)
+        return check_all(lambda row: name_and_digest(*row), chosen, None, "comparing images")
 
-    # The path of an image that is stored as bytes is but a note, which two different images may share
-    train_paths: set[str] = set()
-    train_sizes: set[int] = set()
-    for path, content in image_files(train):
-        train_sizes.add(size(path, content))
-        if content is None:
-            train_paths.add(os.path.abspath(str(path)))
-    sizes = set()
-    for path, content in image_files(other):
-        if content is None and os.path.abspath(str(path)) in train_paths:
+    of_train, *of_others = (check_all(describe, image_files(split), None, "comparing images")
+                            for split in (train, *others))
+    paths = {path for path, _ in of_train}
+    for path in (path for described in of_others for path, _ in described):
+        if path is not None and path in paths:
             raise ValueError(f"{path} is also in training; remove it from one of the two splits.")
-        sizes.add(size(path, content))
-    sizes &= train_sizes
+    sizes = {size for _, size in of_train} & {size for described in of_others for _, size in described}
     if not sizes:
         return
-    digests: dict[bytes, str] = {}
-    for row, file in enumerate(image_files(train)):
-        if size(*file) in sizes:
-            digests.setdefault(digest(*file), called(row, *file))
-    for row, file in enumerate(image_files(other)):
-        twin = digests.get(digest(*file)) if size(*file) in sizes else None
-        if twin is not None:
-            raise ValueError(
-                f"{called(row, *file)} has the same content as {twin} of training; remove it from one of the two."
-            )
+    known: dict[bytes, str] = {}
+    for name, digest in digests(train, of_train):
+        known.setdefault(digest, name)
+    for other, described in zip(others, of_others):
+        for name, digest in digests(other, described):
+            if digest in known:
+                raise ValueError(
+                    f"{name} has the same content as {known[digest]} of training; remove it from one of the two."
+                )
 
 
 def has_validation(name: str, data_dir: str | Path | None) -> bool:

@@ -155,19 +155,26 @@ def check_image_file(path: Path, verify: bool) -> tuple[int, int]:
     return check_image(path, verify)
 
 
-def check_all(check: Callable[[File], Any], files: Iterable[File], count: int, verify: bool) -> list[Any]:
-    """What a check says of each file, in their order; in threads where it decodes pixels, which is what takes long."""
-    if not verify:
-        return list(map(check, files))
+def check_all(check: Callable[[File], Any], files: Iterable[File], count: int | None, doing: str) -> list[Any]:
+    """What a check says of each file, in their order; in threads, as it waits for disks, networks and decoders.
+
+    Args:
+        count: how many files there are, if that is known.
+        doing: what a bar that appears after some seconds says.
+    """
+    def check_some(some: Sequence[File]) -> list[Any]:
+        return list(map(check, some))
+
     files = iter(files)
     results: list[Any] = []
-    with ThreadPoolExecutor() as pool, tqdm(total=count, desc="verifying images", unit="img", delay=5) as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=count, desc=doing, unit="img", delay=5) as bar:
         while some := list(itertools.islice(files, 256)):  # the pool takes all that it is given into memory
-            results += pool.map(check, some)
+            for checked in pool.map(check_some, (some[start:start + 8] for start in range(0, len(some), 8))):
+                results += checked
             bar.update(len(some))
     return results
 
 
-def check_image_files(paths: Collection[Path], verify: bool) -> list[tuple[int, int]]:
+def check_image_files(paths: Collection[Path], verify: bool | None) -> list[tuple[int, int]]:
     """Width and height in pixels of image files, in their order, as `check_image_file` gives them."""
-    return check_all(lambda path: check_image_file(path, verify), paths, len(paths), verify)
+    return check_all(lambda path: check_image_file(path, bool(verify)), paths, len(paths), "verifying images")

@@ -22,6 +22,8 @@ from .schema import (
     store_images,
 )
 
+StoredFile = tuple[str | None, bytes | None]  # path and bytes of an image, one of which may be None
+
 _MISSING_LABELS = {None, "", -1}
 _PREFIXES = {"train": "train", "validation": "val", "test": "test"}  # of Parquet files
 
@@ -53,13 +55,13 @@ def _class_index(splits: Mapping[str, Any], source: str, split: str, column: str
     return [str(value) for value in values], {value: label for label, value in enumerate(values)}
 
 
-def image_files(dataset: Any) -> Iterator[tuple[str | None, bytes | None]]:
+def image_files(dataset: Any) -> Iterator[StoredFile]:
     """Path and bytes of each image, one of which may be None, without decoding."""
     for row in store_images(dataset.with_format(None).select_columns(["image"])):
         yield (row["image"]["path"], row["image"]["bytes"]) if row["image"] else (None, None)
 
 
-def _check_row(file: tuple[str | None, bytes | None], verify: bool, place: str) -> None:
+def _check_row(file: StoredFile, verify: bool, place: str) -> None:
     """Check an image as `image_files` gives it, unless it is still to be fetched from an address."""
     path, content = file
     if content is not None:
@@ -89,7 +91,7 @@ def _streamed_row(
 
 
 def _two_columns(
-        splits: Mapping[str, Any], source: str, split: str, image_column: str, label_column: str, verify: bool,
+        splits: Mapping[str, Any], source: str, split: str, image_column: str, label_column: str, verify: bool | None,
 ) -> Any:
     """Columns image and label, alone and under these names, of one of the splits, data sets or streams."""
     if split not in splits:
@@ -128,7 +130,9 @@ def _two_columns(
         images = images.rename_column(image_column, "image")
     images = images.cast_column("image", datasets.Image())
     rows = enumerate(image_files(images))
-    check_all(lambda row: _check_row(row[1], verify, f"{where}, row {row[0]}"), rows, len(images), verify)
+    if verify is not None:
+        check_all(
+            lambda row: _check_row(row[1], verify, f"{where}, row {row[0]}"), rows, len(images), "verifying images")
     return datasets.concatenate_datasets([images, labels], split=datasets.NamedSplit(split), axis=1)
 
 
@@ -190,7 +194,7 @@ def hub(
         label_column: str = "label",
         config: str | None = None,
         streaming: bool = False,
-        verify: bool = False,
+        verify: bool | None = False,
         cache_dir: str | Path | None = None,
 ) -> Any:
     """Read a repository of the Hugging Face Hub, or a local folder, that `datasets.load_dataset` can load.
@@ -205,7 +209,8 @@ def hub(
         label_column: Column with the labels: class labels, strings or integers.
         config: Configuration of the repository, None if there is but one.
         streaming: Read rows as they are needed instead of downloading all first.
-        verify: Decode every image of the split now rather than its header only; not for streaming.
+        verify: Decode every image of the split now rather than its header only; None reads none, as where another
+            process has. Not for streaming.
         cache_dir: Folder to cache in, by default that of the datasets library.
 
     Returns:
@@ -228,7 +233,7 @@ def hub(
 def parquet(
         data_dir: str | Path,
         split: str = "train",
-        verify: bool = False,
+        verify: bool | None = False,
         image_column: str = "image",
         label_column: str = "label",
         cache_dir: str | Path | None = None,
@@ -238,7 +243,7 @@ def parquet(
     Args:
         data_dir: Folder of the data set.
         split: 'train', 'validation' or 'test'.
-        verify: Decode every image of the split now rather than its header only.
+        verify: Decode every image of the split now rather than its header only; None reads none.
         image_column: Column with the images: encoded bytes, or structs of bytes and path.
         label_column: Column with the labels: class labels, strings or integers.
         cache_dir: Folder to cache in, by default that of the datasets library.
