@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # they fill a log
     with exiting_on(ValueError, OSError, ImportError):
-        with accelerator.main_process_first():
+        with accelerator.local_main_process_first():
             model = load_model(args)
             set_options(model, args)
             overrides = dict(img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode)

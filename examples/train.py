@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) -> None:
     """Set up a run, or continue it, and train it to its end or to a signal."""
     with exiting_on(ValueError, TypeError, OSError, RuntimeError):
-        with accelerator.main_process_first():
+        with accelerator.local_main_process_first():
             splits = load_splits(args, verify=args.verify if accelerator.is_local_main_process else None)
         if args.patience and splits["val"] is splits["test"]:
             raise ValueError("--patience needs validation images: give --val-fraction, or a folder val beside train.")
