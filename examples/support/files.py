@@ -78,14 +78,14 @@ def _find_owner(lock: Path) -> str | None:
         return None
     except (ValueError, KeyError, TypeError):
         return "an unknown process"  # perhaps just being written
-    if silent > 10 * HEARTBEAT:
-        return None
     if host == socket.gethostname():
         try:
             if abs(psutil.Process(pid).create_time() - started) > 1:
                 return None  # another process got the same number
         except psutil.NoSuchProcess:
             return None
+    elif silent > 10 * HEARTBEAT:
+        return None
     return f"process {pid} on {host}"
 
 

@@ -16,7 +16,7 @@ ROWS = 128  # at a time, where all at once would take several times the memory o
 
 def confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest probability of each image, and its class: B in [0, 1] and B, of B×C logits."""
-    parts = [part.double().softmax(1).max(1) for part in logits.split(ROWS)]
+    parts = [part.float().softmax(1).max(1) for part in logits.split(ROWS)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
