@@ -53,7 +53,6 @@ from support.progress import progress as show_progress
 from support.publishing import ask_hub, publish
 from support.results import evaluate, finish_training
 from support.run import Exchange, Run, unwrap
-from support.snapmix import SnapMix
 from support.sync_bn import synchronize
 from timm.data import Mixup, create_transform
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -196,8 +195,7 @@ def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
         part = step % args.grad_accum_steps * accelerator.num_processes + accelerator.process_index
         seed_batch(args, bare, images, progress.updates, part)
         if run.mixup is not None:
-            with accelerator.autocast():  # SnapMix runs the model
-                images, target = run.mixup(images, target)
+            images, target = run.mixup(images, target)
         if side < args.img_size:
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         if args.channels_last:
@@ -314,8 +312,6 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         raise ValueError("fp16 needs a GPU: use bf16 on a CPU.")
     if args.model_ema and accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError("--model-ema averages whole weights, of which FSDP leaves each process a shard: leave it out.")
-    if args.snapmix and accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("--snapmix reads whole weights, of which FSDP leaves each process a shard: leave it out.")
     refuse_pickled_shards(accelerator)
     return accelerator
 
@@ -390,12 +386,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
     )
     bare = unwrap(model, accelerator)
     criterion = create_criterion(args, class_weights).to(accelerator.device)
-    mixup: Mixup | SnapMix | None = None
+    mixup: Mixup | None = None
     if args.mixup or args.cutmix:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=len(names),
                       multi_label=criterion.multi_label)
-    elif args.snapmix:
-        mixup = SnapMix(bare, args.snapmix)
     ema = ModelEmaV3(bare, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
     run = Run(args, accelerator, model, ema, criterion, optimizer, scheduler, mixup, Progress(), held, names,
               data_config, stop)

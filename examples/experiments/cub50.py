@@ -97,13 +97,11 @@ SIZES = {160: "", 224: "-224", 288: "-288"}  # in names of rows; 160 px are the 
 AUGMENTATIONS = {
     "cutmix": ("--cutmix", "1"),
     "erasing": ("--reprob", "0.25"),
-    "snapmix": ("--snapmix", "5"),
     "randaugment": ("--aa", "rand-m9-mstd0.5-inc1"),
 }
 IDEAS = {
     "reflect": kwargs(border="reflect"),
     "progressive": ("--start-size", "128"),
-    "snapmix": ("--snapmix", "5"),
 }
 
 

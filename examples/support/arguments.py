@@ -73,8 +73,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="input size of the first epoch, which grows to --img-size over the first half of training")
     data.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mixup alpha; 0 is off")
     data.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="CutMix alpha; 0 is off")
-    data.add_argument("--snapmix", type=float, default=0.0, metavar="ALPHA",
-                      help="SnapMix alpha; 0 is off. Costs one more forward pass per batch")
 
     model = parser.add_argument_group("model")
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -235,8 +233,6 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--patience needs validation images: give --val-fraction or --val-split.")
     if args.val_split and not args.dataset.startswith("hub:"):
         parser.error("--val-split names a split of the Hub: use --val-fraction for other data.")
-    if args.snapmix and (args.mixup or args.cutmix):
-        parser.error("--snapmix mixes batches itself: leave out --mixup and --cutmix.")
     if args.start_size and args.start_size > args.img_size:
         parser.error(f"--start-size {args.start_size} must not exceed --img-size {args.img_size}.")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
@@ -252,9 +248,6 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--bce-sum and --bce-target-thresh need --bce-loss.")
     if args.bce_target_thresh is not None and not 0 <= args.bce_target_thresh < 1:
         parser.error(f"--bce-target-thresh must lie in [0, 1), got {args.bce_target_thresh}.")
-    if args.bce_loss and args.snapmix:
-        parser.error("--snapmix gives labels weights that may exceed 1: leave it out with binary cross-entropy, by "
-                     "--bce-loss or --dataset multi-label.")
     if args.dataset == "multi-label" and args.balanced:
         parser.error("--balanced draws by the one label of an image: with --dataset multi-label use --class-weights.")
     if args.streaming:

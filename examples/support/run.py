@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from support.checkpoints import Progress, replacing, save_checkpoint, set_aside_diverged
 from support.launching import StopSignal
-from support.snapmix import SnapMix
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class Run:
     criterion: s3n_timm.S3NLoss
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    mixup: Mixup | SnapMix | None
+    mixup: Mixup | None
     progress: Progress
     trajectory: dict[str, Any]
     names: list[str]
