@@ -13,7 +13,6 @@ from typing import Any
 import support.missing  # noqa: F401  (names a package that is missing, so it comes first)
 import timm
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
@@ -74,9 +73,6 @@ def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accele
         options["pretrained_cfg_overlay"] = read_pretrained(args.pretrained_path)
     cfg = timm.models.get_pretrained_cfg(args.backbone)
     if cfg is not None and cfg.fixed_input_size and "scan_size" not in args.model_kwargs:
-        if args.start_size:
-            raise ValueError(f"--start-size needs a backbone that reads images of any size, which {args.backbone} "
-                             "doesn't: leave it out.")
         options["img_size"] = args.img_size
     if args.plain:
         model = timm.create_model(args.backbone, **options | args.model_kwargs.get("backbone_args", {}))
@@ -173,14 +169,6 @@ def set_modes(run: Run, epoch: int) -> list[nn.Parameter]:
 # an epoch
 
 
-def size_of_epoch(args: argparse.Namespace, epoch: int) -> int:
-    """Pixels of the input's side: from --start-size to --img-size over the first half of training, in steps of 32."""
-    if args.start_size is None:
-        return args.img_size
-    side = args.start_size + (args.img_size - args.start_size) * min(1.0, 2 * epoch / args.epochs)
-    return args.img_size if side >= args.img_size else max(args.start_size, int(side) // 32 * 32)
-
-
 def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
     """Train what is left of an epoch; True where a signal stopped it, after everything was saved."""
     args, accelerator, progress, optimizer = run.args, run.accelerator, run.progress, run.optimizer
@@ -188,7 +176,6 @@ def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
     start, end = progress.updates - epoch * loader.updates_per_epoch, (epoch + 1) * loader.updates_per_epoch
     bar = show_progress(total=loader.updates_per_epoch, initial=start, desc=f"epoch {epoch + 1}/{args.epochs}",
                         disable=not accelerator.is_main_process, leave=False)
-    side = size_of_epoch(args, epoch)
     exchange, total, stopped = Exchange(run), torch.zeros((), device=accelerator.device), False
     for step, batch in enumerate(reading(loader.read(epoch, start))):
         images, target = batch["image"], batch["label"]
@@ -196,8 +183,6 @@ def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
         seed_batch(args, bare, images, progress.updates, part)
         if run.mixup is not None:
             images, target = run.mixup(images, target)
-        if side < args.img_size:
-            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.accumulate(run.model):

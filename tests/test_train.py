@@ -129,7 +129,6 @@ def test_a_seed_repeats_a_run_and_another_does_not(trained, tmp_path):
         ["--reprob", 0.5],
         ["--color-jitter", 0.3],
         ["--aa", "rand-m9-mstd0.5-inc1"],
-        ["--start-size", 32],
         ["--opt", "adamw"],
         ["--balanced"],
         ["--smoothing", 0.1],
@@ -200,12 +199,6 @@ def test_gradient_checkpointing_recomputes_the_backbone():
     torch.testing.assert_close(*gradients)
 
 
-def test_the_input_grows_over_the_first_half():
-    args = parse_args([*map(str, SMALL), "--img-size", "224", "--start-size", "128", "--epochs", "8",
-                       "--output", "none"])
-    assert [script.size_of_epoch(args, epoch) for epoch in range(8)] == [128, 128, 160, 192, 224, 224, 224, 224]
-
-
 def test_compiled_training_ends_at_the_eager_weights(tmp_path):
     args = ("--epochs", 2, "--freeze-bn", "--model-ema")
     train(*args, "--output", tmp_path / "eager")
@@ -245,8 +238,6 @@ def test_a_backbone_of_one_size_is_built_for_that_of_the_images(tmp_path, plain)
     x = torch.rand(1, 3, 64, 64)
     saved = s3n_timm.save(model, tmp_path, data_config=input_config(model, dict(img_size=64)))
     torch.testing.assert_close(s3n_timm.load_model(saved).eval()(x), model(x))
-    with pytest.raises(ValueError, match="reads images of any size"):
-        script.create_model(parse_args([*flags, "--start-size", "32"]), 4, Accelerator())
 
 
 def test_layer_decay_slows_lower_layers(tmp_path):
@@ -406,7 +397,6 @@ def test_image_folder(tmp_path):
         (["--val-split", "validation"], "--val-split names a split of the Hub"),
         (["--plain", "--branches", "O"], "--plain has no branches"),
         (["--plain", "--model-kwargs", '{"fwhm": 9}'], "--plain has no fwhm"),
-        (["--start-size", "512", "--img-size", "96"], "--start-size 512 must not exceed"),
         (["--recipe", "nonsense"], "--recipe nonsense is neither a file nor"),
         (["--output", str(EXAMPLES)], "is not empty: add --resume to continue"),
     ],

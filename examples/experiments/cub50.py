@@ -101,7 +101,6 @@ AUGMENTATIONS = {
 }
 IDEAS = {
     "reflect": kwargs(border="reflect"),
-    "progressive": ("--start-size", "128"),
 }
 
 

@@ -69,8 +69,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--color-jitter", type=float, default=0.0, metavar="PCT", help="color jitter factor")
     data.add_argument("--reprob", type=float, default=0.0, metavar="PCT", help="random erasing probability")
     data.add_argument("--aa", metavar="POLICY", help="timm's auto augment policy, such as rand-m9-mstd0.5-inc1")
-    data.add_argument("--start-size", type=int, metavar="PX",
-                      help="input size of the first epoch, which grows to --img-size over the first half of training")
     data.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mixup alpha; 0 is off")
     data.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="CutMix alpha; 0 is off")
 
@@ -210,7 +208,7 @@ def _check_name(flag: str, name: str, known: Sequence[str], parser: argparse.Arg
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse what can be refused before anything is read."""
-    for name in ("img_size", "start_size", "batch_size", "epochs", "lr", "grad_accum_steps", "checkpoint_hist",
+    for name in ("img_size", "batch_size", "epochs", "lr", "grad_accum_steps", "checkpoint_hist",
                  "checkpoint_every", "patience", "val_interval", "num_images", "shuffle_buffer", "clip_grad",
                  "layer_decay"):
         value = getattr(args, name)
@@ -233,8 +231,6 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--patience needs validation images: give --val-fraction or --val-split.")
     if args.val_split and not args.dataset.startswith("hub:"):
         parser.error("--val-split names a split of the Hub: use --val-fraction for other data.")
-    if args.start_size and args.start_size > args.img_size:
-        parser.error(f"--start-size {args.start_size} must not exceed --img-size {args.img_size}.")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--mixup and --cutmix mix pairs: --batch-size must be even, got {args.batch_size}.")
     if args.class_weights not in (None, "balanced"):
