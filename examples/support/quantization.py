@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
@@ -33,6 +34,7 @@ from s3n_timm.data import is_multi_label, load, store_images
 
 Run = Callable[[Tensor], Tensor]
 LINEAR = ("MatMul", "Gemm")
+OLD_RUNTIME = tuple(map(int, onnxruntime.__version__.split(".")[:2])) <= (1, 23)
 LAYERS = ("Conv", *LINEAR)
 CLAMPS = ("Relu", "Clip")  # a layer's rounding takes these over: its integers end where they cut
 
@@ -174,6 +176,9 @@ def count_quantized(model: onnx.ModelProto) -> int:
 
 def quantize(source: Path, target: Path, kind: str, calibration: Tensor | None) -> str:
     """Write an int8 model, under a temporary name until it is whole, and say in a sentence what it holds."""
+    if kind == "dynamic" and OLD_RUNTIME:
+        raise ValueError(f"--int8 dynamic needs a newer onnxruntime than {onnxruntime.__version__}, whose quantizer "
+                         "mistakes the shapes of linear layers; on Python 3.10 there is none.")
     model = onnx.load(source)
     fold_transposes(model)
     layers = list_nodes(model, LAYERS)
