@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import sampling_map
-from .multiscale import layout_of, read_border, zoom
+from .multiscale import identity_grid, layout_of, read_border, zoom
 from .peaks import find_peaks, partition_peaks
 from .response import gate_response, in_float32, normalize_response, resize_maps
 
@@ -126,12 +126,6 @@ def warp_grid(
         return _warp(sampling_map.float(), warp, kernel, border)
 
 
-def _coordinates(size: Sequence[int], device: torch.device) -> Tensor:
-    """(x, y) of each cell or pixel as 2×H×W, the corners' centers at ±1."""
-    y, x = (torch.linspace(-1, 1, steps, device=device, dtype=torch.float32) for steps in size)
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"))
-
-
 def _prepare_warp(
         grid_size: Sequence[int], size: Sequence[int], fwhm: float, border: str, device: torch.device,
 ) -> _Warp:
@@ -148,8 +142,7 @@ def _prepare_warp(
     return _Warp(
         _Axis(*filters_y, _interpolation(rows, size[0], device)),
         _Axis(*filters_x, _interpolation(columns, size[1], device)),
-        _coordinates(grid_size, device),
-        _coordinates(size, device),
+        *(identity_grid(steps, device)[0].permute(2, 0, 1).contiguous() for steps in (grid_size, size)),
     )
 
 
