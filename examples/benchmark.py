@@ -5,7 +5,7 @@ to bottom, one function a section:
 
     stage   sampling against two bare grid_sample calls, three backbone passes, and loops over images and peaks
     model   forward and training step against three plain passes of the backbone: in float32, and with --amp and
-            --compile also in that precision and compiled
+            --compile also in that precision and, in the last one, compiled
     growth  the forward as batch, image, classes and peaks grow
     data    the share of training's wall time in which the device computes
     soak    memory of inference over --minutes, only if asked for
@@ -152,29 +152,29 @@ def forward(model: nn.Module, copies: tuple[int, ...], x: Tensor, amp: str | Non
 
 def measure_model(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     eager, rows = create_models(args, device), []
-    variants = [("eager", eager), *([("compiled", tuple(map(torch.compile, eager)))] if args.compile else [])]
+    variants = [("eager", amp, eager) for amp in dict.fromkeys((None, args.amp))]
+    if args.compile:  # for each shape of its own: the plain backbone reads two
+        variants.append(("compiled", args.amp, tuple(torch.compile(model, dynamic=False) for model in eager)))
     for size, batch in [(s, b) for s in args.sizes for b in args.batch_sizes]:
         x = draw_images(batch, size, args, device)
         target = torch.zeros(batch, dtype=torch.long, device=device)
-        for how, (ours, plain) in variants:
-            for amp in dict.fromkeys((None, args.amp)):
-                for kind in ("forward", "training step"):
-                    for model in eager:
-                        model.train(kind != "forward")
-                    if kind == "forward":
-                        calls: Calls = dict(ours=forward(ours, (1,), x, amp), plain=forward(plain, (1, 2), x, amp))
-                    else:
-                        calls = dict(ours=step(ours, (1,), x, target, s3n_timm.S3NLoss(), amp),
-                                     plain=step(plain, (1, 2), x, target, nn.CrossEntropyLoss(), amp))
-                    with torch.inference_mode(kind == "forward"):
-                        seconds = time_by_turns(calls, device, **rounds(args))
-                        memory = {name: peak_bytes(call, device) for name, call in calls.items()}
-                    rows.append(dict(
-                        size=size, batch=batch, precision=amp or "float32", how=how, kind=kind,
-                        seconds=seconds["ours"], images_per_second=batch / seconds["ours"],
-                        times_plain=seconds["ours"] / seconds["plain"], megabytes=memory["ours"] / 1e6,
-                        memory_times_plain=memory["ours"] / memory["plain"],
-                    ))
+        for how, amp, (ours, plain) in variants:
+            for kind in ("forward", "training step"):
+                for model in eager:
+                    model.train(kind != "forward")
+                if kind == "forward":
+                    calls: Calls = dict(ours=forward(ours, (1,), x, amp), plain=forward(plain, (1, 2), x, amp))
+                else:
+                    calls = dict(ours=step(ours, (1,), x, target, s3n_timm.S3NLoss(), amp),
+                                 plain=step(plain, (1, 2), x, target, nn.CrossEntropyLoss(), amp))
+                with torch.inference_mode(kind == "forward"):
+                    seconds = time_by_turns(calls, device, **rounds(args))
+                    memory = {name: peak_bytes(call, device) for name, call in calls.items()}
+                rows.append(dict(
+                    size=size, batch=batch, precision=amp or "float32", how=how, kind=kind, seconds=seconds["ours"],
+                    images_per_second=batch / seconds["ours"], times_plain=seconds["ours"] / seconds["plain"],
+                    megabytes=memory["ours"] / 1e6, memory_times_plain=memory["ours"] / memory["plain"],
+                ))
     return rows
 
 
@@ -217,11 +217,14 @@ def measure_growth(args: argparse.Namespace, device: torch.device) -> list[dict[
 
 
 def measure_data(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Train on drawn birds, as train.py does: how long it computes and how long it waits for images."""
+    """Train as train.py does, on --dataset or drawn birds: how long it computes and how long it waits for images."""
     rows = []
     for workers in args.workers:
         with tempfile.TemporaryDirectory() as folder:
             given = ["--output", folder, "-b", args.batch_sizes[-1], "--img-size", args.sizes[0], "--workers", workers]
+            if args.dataset:
+                given += ["--val-fraction", 0, "--dataset", args.dataset]
+                given += ["--data-dir", args.data_dir] if args.data_dir else []
             train_args = parse_train_args([str(each) for each in given])
         accelerator = Accelerator(cpu=device.type == "cpu")
         split = load_splits(train_args, verify=False)["train"]
@@ -231,6 +234,9 @@ def measure_data(args: argparse.Namespace, device: torch.device) -> list[dict[st
         loader = TrainLoader(split, create_transform(**shared, is_training=True), train_args, accelerator, "RGB")
         ours.train()
         waited, computed = [], []
+        if loader.updates_per_epoch < 2:
+            raise ValueError(f"The first batch is not timed, and {len(split)} training images are no second one of "
+                             f"{train_args.batch_size}: lower --batch-sizes.")
         batches, rest = loader.read(0, 0), min(loader.updates_per_epoch, 1 + args.max_rounds)
         last = time.perf_counter()
         for done in range(rest):
@@ -341,7 +347,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     every = f"of {', '.join(SECTIONS)}; all but soak if left out"
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=every)
     parser.add_argument("--weights", nargs="+", metavar="FOLDER", help="time these trained models side by side instead")
-    parser.add_argument("--dataset", help="of train.py: for --weights, its test images in place of noise")
+    parser.add_argument("--dataset", help="of train.py: its test images for --weights, in place of noise, and its "
+                                          "training images for data, in place of drawn birds")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--batches", type=int, default=20, help="of --dataset")
     parser.add_argument("--exit-entropy", type=float, metavar="NATS", help="for --weights: with early exit as well")
@@ -362,8 +369,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args(argv)
     check_names(args, SECTIONS, parser)
-    if (args.dataset or args.exit_entropy is not None) and not args.weights:
-        parser.error("--dataset and --exit-entropy need --weights.")
+    if args.exit_entropy is not None and not args.weights:
+        parser.error("--exit-entropy needs --weights.")
+    if args.dataset and not args.weights and args.sections and "data" not in args.sections:
+        parser.error("--dataset needs --weights or the section data.")
     if args.exit_entropy is not None and not args.dataset:
         parser.error("--exit-entropy needs --dataset: how many images leave early depends on them.")
     for name in ("sizes", "batch_sizes", "batches", "peaks", "min_rounds", "max_rounds", "seconds", "minutes"):

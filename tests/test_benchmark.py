@@ -49,11 +49,12 @@ def test_model_in_mixed_precision_and_compiled(tmp_path, monkeypatch):
 
     create = benchmark.create_models
     monkeypatch.setattr(benchmark, "create_models", lambda *args: tuple(watch(m, args) for m in create(*args)))
-    monkeypatch.setattr(benchmark.torch, "compile", lambda model: compiled.append(model) or model)  # takes minutes
+    monkeypatch.setattr(benchmark.torch, "compile", lambda model, **_: compiled.append(model) or model)  # takes minutes
     main("model", *SMALL, "--device", "cpu", "--amp", "bf16", "--compile", "--output", tmp_path / "speed.json")
     results = json.loads((tmp_path / "speed.json").read_text())
     assert [(row["how"], row["precision"], row["kind"]) for row in results["model"]] == [
-        (how, precision, kind) for how in ("eager", "compiled") for precision in ("float32", "bf16")
+        (how, precision, kind)
+        for how, precision in (("eager", "float32"), ("eager", "bf16"), ("compiled", "bf16"))
         for kind in ("forward", "training step")]
     assert precisions == {"torch.float32", "torch.bfloat16"}
     assert [isinstance(model, s3n_timm.S3N) for model in compiled] == [True, False]
@@ -65,7 +66,7 @@ def test_trained_models_by_turns_with_early_exit(tmp_path):
     for name, options in (("test_resnet", {}), ("s3n", dict(backbone="test_resnet"))):
         model = timm.create_model(name, num_classes=3, pretrained_cfg_overlay=dict(input_size=(3, 64, 64)), **options)
         folders.append(str(s3n_timm.save(model, tmp_path / name)))
-    for split, i in [("test", i) for i in range(5)] + [("train", i) for i in range(3)]:
+    for split, i in [("test", i) for i in range(5)] + [("train", i) for i in range(9)]:
         path = tmp_path / "images" / split / f"class {i % 3}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (70, 80), (50 * i, 0, 0)).save(path)
@@ -79,10 +80,16 @@ def test_trained_models_by_turns_with_early_exit(tmp_path):
         assert 3 < whole["gmacs"] / plain["gmacs"] < 3.5
     with pytest.raises(SystemExit, match="more than the 5 test images"):
         main("--weights", *folders, *words, "-b", 6)
+    main("data", *words)
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["data"]
+    assert row["steps"] == 1
+    with pytest.raises(SystemExit, match="no second one of 5"):
+        main("data", *words, "-b", 5)
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--exit-entropy", "1"], "--dataset and --exit-entropy need --weights"),
+    (["--exit-entropy", "1"], "--exit-entropy needs --weights"),
+    (["stage", "--dataset", "folder"], "--dataset needs --weights or the section data"),
     (["--weights", "folder", "--exit-entropy", "1"], "--exit-entropy needs --dataset"),
     (["rungs"], "unknown section 'rungs'"),
     (["stage", "--peaks", "101"], "can be 100 at most"),

@@ -107,7 +107,8 @@ IDEAS = {
 def compare_at(side: int) -> dict[str, Row]:
     """Single passes at one input size: S3N's backbone, and the plain baselines of as much training.
 
-    An epoch of S3N takes three passes an image. So 54 epochs of the plain backbone are as much training as 18 of S3N.
+    An epoch of S3N takes three passes an image. So 54 epochs of the plain backbone are as much training as 18 of S3N,
+    and 162 as much as 54.
     """
     size = SIZES[side]
     px = ("--img-size", str(side)) if size else ()
@@ -116,12 +117,13 @@ def compare_at(side: int) -> dict[str, Row]:
     rows = {
         f"plain{size}-{epochs}": Row(f"the backbone alone, {side} px, {epochs} epochs", (*plain, "--epochs", epochs),
                                      cost=cost)
-        for epochs in ("18", "54")}
+        for epochs in ("18", "54", "162")}
     rows |= {
         f"plain{size}-{epochs}-{name}": Row(f"the backbone alone, {side} px, {epochs} epochs, {' '.join(flags)}",
                                             (*plain, "--epochs", epochs, *flags), cost=cost)
         for epochs in ("18", "54") for name, flags in AUGMENTATIONS.items()}
-    rows[s3n] = Row(f"S3N, {side} px, 18 epochs", (*px, "--epochs", "18"), cost=s3n_cost)
+    rows |= {f"s3n{size}-{epochs}": Row(f"S3N, {side} px, {epochs} epochs", (*px, "--epochs", epochs), cost=s3n_cost)
+             for epochs in ("18", "54")}
     rows |= {f"{s3n}-{name}": Row(f"S3N, {side} px, 18 epochs, {' '.join(flags)}", (*px, "--epochs", "18", *flags),
                                   cost=s3n_cost or s3n)
              for name, flags in IDEAS.items()}
@@ -171,7 +173,7 @@ ROWS = {
 }
 ROWS |= {f"{name}-backbone": Row(f"the backbone of {name}, a plain timm model", trained=name, evaluated="backbone",
                                  cost=f"plain{SIZES[input_side(row.train)]}")
-         for name, row in ROWS.items() if flag(row.train, "--epochs", "6") == "18" and not row.is_plain}
+         for name, row in ROWS.items() if flag(row.train, "--epochs", "6") in ("18", "54") and not row.is_plain}
 
 
 # one run
