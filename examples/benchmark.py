@@ -5,7 +5,7 @@ to bottom, one function a section:
 
     stage   sampling against two bare grid_sample calls, three backbone passes, and loops over images and peaks
     model   forward and training step against three plain passes of the backbone: in float32, and with --amp and
-            --compile also in that precision and, in the last one, compiled
+            --compile also in that precision and, in the last one, compiled; the forward on a GPU as CUDA graphs, too
     growth  the forward as batch, image, classes and peaks grow
     data    the share of training's wall time in which the device computes
     soak    memory of inference over --minutes, only if asked for
@@ -154,12 +154,14 @@ def measure_model(args: argparse.Namespace, device: torch.device) -> list[dict[s
     eager, rows = create_models(args, device), []
     variants = [("eager", amp, eager) for amp in dict.fromkeys((None, args.amp))]
     if args.compile:  # for each shape of its own: the plain backbone reads two
-        variants.append(("compiled", args.amp, tuple(torch.compile(model, dynamic=False) for model in eager)))
+        modes = {"compiled": None, **({"graphs": "reduce-overhead"} if device.type == "cuda" else {})}
+        variants += [(how, args.amp, tuple(torch.compile(model, dynamic=False, mode=mode) for model in eager))
+                     for how, mode in modes.items()]
     for size, batch in [(s, b) for s in args.sizes for b in args.batch_sizes]:
         x = draw_images(batch, size, args, device)
         target = torch.zeros(batch, dtype=torch.long, device=device)
         for how, amp, (ours, plain) in variants:
-            for kind in ("forward", "training step"):
+            for kind in ("forward", "training step")[:1 if how == "graphs" else 2]:
                 for model in eager:
                     model.train(kind != "forward")
                 if kind == "forward":
