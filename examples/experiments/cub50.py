@@ -101,6 +101,7 @@ AUGMENTATIONS = {
 }
 IDEAS = {
     "reflect": kwargs(border="reflect"),
+    "small": ("-b", "6"),  # an update reads 18 images, and there are about as many updates as of the plain 54 epochs
 }
 
 
