@@ -6,10 +6,40 @@ pixel to pixel keeps fine texture from turning into noise.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def _sample_border(image: Tensor, grid: Tensor, align_corners: bool) -> Tensor:
+    return F.grid_sample(image, grid, padding_mode="border", align_corners=align_corners)
+
+
+# torch.compile takes the sampler apart and fuses the parts with their neighbors, which is slower than torch's kernel
+# (pytorch/pytorch#136953, and #104710 for channels-last); an operator of its own stays whole
+_sample_whole = torch.library.custom_op("s3n_timm::sample_border", _sample_border, mutates_args=())
+
+
+@_sample_whole.register_fake
+def _(image: Tensor, grid: Tensor, align_corners: bool) -> Tensor:
+    return image.new_empty(*image.shape[:2], *grid.shape[1:3])
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    *tensors, ctx.align_corners = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _sample_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    image, grid = ctx.saved_tensors
+    of_image, of_grid = torch.ops.aten.grid_sampler_2d_backward(
+        gradient, image, grid, 0, 1, ctx.align_corners, list(ctx.needs_input_grad[:2]))  # 0: bilinear, 1: border
+    return of_image, of_grid, None
+
+
+_sample_whole.register_autograd(_sample_backward, setup_context=_keep_inputs)
 
 
 def read_border(image: Tensor, grid: Tensor, align_corners: bool = True) -> Tensor:
@@ -17,7 +47,8 @@ def read_border(image: Tensor, grid: Tensor, align_corners: bool = True) -> Tens
 
     torch's sampler for CPUs takes NaN for a place in memory: its backward pass ends the process.
     """
-    return F.grid_sample(image, grid.nan_to_num(), padding_mode="border", align_corners=align_corners)
+    compiles = torch.compiler.is_compiling() and not getattr(torch.compiler, "is_exporting", lambda: True)()
+    return (_sample_whole if compiles else _sample_border)(image, grid.nan_to_num(), align_corners)
 
 
 def layout_of(images: Tensor) -> torch.memory_format:

@@ -11,7 +11,7 @@ from torch import nn
 import s3n_timm
 from s3n_timm import S3N, resample, sampling_map, warp_grid
 from s3n_timm.evaluation import measure_batch
-from s3n_timm.multiscale import grid_steps, identity_grid, scan, zoom
+from s3n_timm.multiscale import grid_steps, identity_grid, read_border, scan, zoom
 from s3n_timm.outputs import mean_answer
 from s3n_timm.sampling import gaussian_kernel
 
@@ -74,6 +74,26 @@ def test_zoom_has_gradients():
     source, q = images(2, 40).requires_grad_(), bump().expand(2, -1, -1).clone().requires_grad_()
     zoom(source, warp_grid(q, (24, 24))).square().sum().backward()
     assert all(each.grad.isfinite().all() and each.grad.any() for each in (source, q))
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_the_sampler_of_compiled_graphs_is_torch_s_own(align_corners):
+    image = torch.rand(2, 3, 9, 8, requires_grad=True)
+    grid = (2.2 * torch.rand(2, 5, 6, 2) - 1.1).requires_grad_()
+    torch.library.opcheck(torch.ops.s3n_timm.sample_border, (image, grid, align_corners))
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    results = []
+    for read in (read_border, torch.compile(read_border, backend=keep, fullgraph=True)):
+        out = read(image, grid, align_corners)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (image, grid))))
+    for ours, expected in zip(results[1], results[0]):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert "s3n_timm.sample_border" in graphs[0]
 
 
 def test_branches_read_what_was_asked_for():
