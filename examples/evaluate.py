@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 
 import s3n_timm
 from s3n_timm.checkpoints import has_peaks
-from s3n_timm.config import ANSWERS
+from s3n_timm.config import ANSWERS, MAX_SCALE
 from s3n_timm.data import is_multi_label, load, part_names, read_stored, store_images
 from s3n_timm.early_exit import choose_exit_entropy
 from s3n_timm.evaluation import (
@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--label-column", metavar="NAME", help="parquet and hub: the column of labels, if not label")
     data.add_argument("--ignore-names", action="store_true",
                       help="take classes by their order where the data set names them otherwise than the model")
-    data.add_argument("--num-images", type=int, default=750, help="drawn birds: images")
+    data.add_argument("--num-images", type=int, help="drawn birds: images (default: 750)")
     data.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="decode every image first")
     data.add_argument("-b", "--batch-size", type=int, default=32, help="per process")
     data.add_argument("-j", "--workers", type=int, default=count_default_workers())
@@ -118,6 +118,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--val-fraction is a part of --split train, not of {args.split}.")
     if not 0 <= args.val_fraction < 1:
         parser.error(f"--val-fraction must lie in [0, 1), got {args.val_fraction}.")
+    if args.dataset == "birds" and args.val_fraction and args.num_images is None:
+        parser.error("What train.py held out depends on how many birds were drawn: give its --num-images, which its "
+                     "results.json states.")
+    for name, most in (("exit_entropy", MAX_SCALE), ("exit_loss", 100)):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= most:
+            parser.error(f"--{name.replace('_', '-')} must be a number from 0 to {most:g}, got {getattr(args, name)}.")
     if args.keep_exit and (args.exit_entropy is None and args.exit_loss is None):
         parser.error("--keep-exit needs a threshold: give --exit-loss or --exit-entropy.")
     for name in ("img_size", "crop_pct", "crop_mode", "partition_eval", "answer"):
@@ -177,7 +183,7 @@ def load_data(
 ) -> datasets.Dataset:
     if args.dataset == "birds":
         size = max(data_config["input_size"][1:])
-        options = dict(num_images=args.num_images, num_classes=model.num_classes, size=size)
+        options = dict(num_images=args.num_images or 750, num_classes=model.num_classes, size=size)
     else:
         columns = dict(image_column=args.image_column, label_column=args.label_column)
         options = dict(verify=verify, **{key: name for key, name in columns.items() if name})

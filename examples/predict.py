@@ -44,6 +44,7 @@ from support.launching import (
 )
 from support.progress import progress
 from support.sources import Batch, Item, Reader, Source, digest_names, keep_batch, list_items, open_source
+from timm.models import get_model_args
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -245,10 +246,12 @@ def find_shard(number: int, args: argparse.Namespace) -> Path | None:
 
 
 def digest_model(classifier: s3n_timm.Classifier) -> str:
-    """Of all that answers depend on: weights, preprocessing, names and threshold, wherever they were loaded from."""
-    about = [classifier.data_config, classifier.label_names, classifier.exit_entropy, classifier.multi_label]
+    """Of all that answers depend on, wherever it was loaded from: weights, options, preprocessing, names, threshold."""
+    model = classifier.model
+    options = [model.config.to_dict(), model.partition] if isinstance(model, s3n_timm.S3N) else get_model_args(model)
+    about = [options, classifier.data_config, classifier.label_names, classifier.exit_entropy, classifier.multi_label]
     sha256 = hashlib.sha256(json.dumps(about, default=str).encode())
-    for name, tensor in sorted(classifier.model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha256.hexdigest()

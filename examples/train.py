@@ -360,17 +360,17 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
         groups = group_parameters(model, args)
         model, optimizer = accelerator.prepare(
             model, create_optimizer_v2(groups, opt=args.opt, lr=args.lr, momentum=args.momentum))
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        warmup_epochs=args.warmup_epochs,
-        decay_milestones=args.decay_milestones,
-        step_on_epochs=False,
-        updates_per_epoch=train_loader.updates_per_epoch,
-    )
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=args.sched,
+            num_epochs=args.epochs,
+            warmup_epochs=args.warmup_epochs,
+            decay_milestones=args.decay_milestones,
+            step_on_epochs=False,
+            updates_per_epoch=train_loader.updates_per_epoch,
+        )
+        criterion = create_criterion(args, class_weights, len(names)).to(accelerator.device)
     bare = unwrap(model, accelerator)
-    criterion = create_criterion(args, class_weights).to(accelerator.device)
     mixup: Mixup | None = None
     if args.mixup or args.cutmix:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=len(names),

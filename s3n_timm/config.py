@@ -59,7 +59,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> Any:
     fits = isinstance(value, Real) and not isinstance(value, bool)
     if not (fits and low <= value <= high):
         raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {reprlib.repr(value)}.")
-    return value
+    return value if isinstance(value, (int, float)) else float(value)  # numpy's have no place in JSON
 
 
 def check_count(name: str, value: Any, low: int, high: int, odd: bool = False) -> Any:
@@ -68,7 +68,7 @@ def check_count(name: str, value: Any, low: int, high: int, odd: bool = False) -
     if not fits or (odd and value % 2 == 0):
         kind = "an odd" if odd else "a"
         raise ValueError(f"{name} must be {kind} whole number from {low} to {high}, got {reprlib.repr(value)}.")
-    return value
+    return int(value)
 
 
 def _read_pair(name: str, value: Any, most: int, form: str) -> tuple[int, int]:

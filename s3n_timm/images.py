@@ -353,8 +353,8 @@ def _convert(image: Image.Image, mode: str, name: str = "the PIL image") -> Imag
     turn = _TURNS.get(_orientation(image))
     if turn is not None:
         image = image.transpose(turn)
-        for name in _ORIENTED:  # or reading the result again would turn it again
-            image.info.pop(name, None)
+        for key in _ORIENTED:  # or reading the result again would turn it again
+            image.info.pop(key, None)
     transparent = image.info.get("transparency")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)

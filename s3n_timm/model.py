@@ -338,7 +338,7 @@ class S3N(nn.Module):
             TypeError: there is no such option.
             ValueError: an option is out of range, or decides the model's structure.
         """
-        fixed = [name for name in options if name in STRUCTURE]
+        fixed = [name for name in options if name in STRUCTURE or (name == "fwhm" and self.config.kernel == "learned")]
         if fixed:
             raise ValueError(f"{fixed[0]} cannot change on a model that exists: create another one with it.")
         self.config = dataclasses.replace(self.config, **options)
@@ -431,7 +431,7 @@ class S3N(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that should not decay: the backbone's, and β."""
         names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
-        return {f"backbone.{name}" for name in names} | {f"beta.{branch}" for branch in self.beta}
+        return {f"backbone.{name}" for name in names} | {f"beta.{branch}" for branch in getattr(self, "beta", ())}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's activations in the backward pass instead of storing them."""

@@ -61,6 +61,10 @@ def _backbone_cfg(backbone: str) -> PretrainedCfg:
     cfg = timm.models.get_pretrained_cfg(backbone)
     if cfg is None:
         raise ValueError(f"backbone {backbone!r} is not a timm model: see timm.list_models() for the names.")
+    return _as_s3n(cfg)
+
+
+def _as_s3n(cfg: PretrainedCfg) -> PretrainedCfg:
     return replace(
         cfg,
         url=None if cfg.hf_hub_id else cfg.url,
@@ -112,6 +116,10 @@ def _create_s3n(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         elif isinstance(backbone, str) and not kwargs.get("pretrained_cfg") and (
                 not fixed or ("." in backbone and backbone != fixed)):  # other weights than the variant's
             kwargs["pretrained_cfg"] = replace(_backbone_cfg(backbone), architecture=variant)
+        elif isinstance(backbone, nn.Module) and not kwargs.get("pretrained_cfg"):
+            known = {name: value for name, value in getattr(backbone, "pretrained_cfg", {}).items()
+                     if name in PretrainedCfg.__dataclass_fields__}
+            kwargs["pretrained_cfg"] = replace(_as_s3n(PretrainedCfg(**known)), architecture=variant)
         given = kwargs.get("pretrained_cfg_overlay") or {}
         if pretrained and given.get("file") is not None:
             check_weights_file(given["file"])

@@ -247,6 +247,8 @@ def sample_response(
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}.")
+    if not 0 < floor < math.inf:
+        raise ValueError(f"floor must be positive and finite, got {floor}.")
     if isinstance(branches, str) or not set(branches) <= set(BRANCHES):
         raise ValueError(f"branches must be a sequence of {' and '.join(BRANCHES)}, got {branches!r}.")
     grid_size = as_grid(grid_size)

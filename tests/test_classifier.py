@@ -166,14 +166,11 @@ def test_what_is_no_image_is_refused(name, classifier, tmp_path):
         classifier(make(tmp_path))
 
 
-def test_truncated_and_huge_files_are_refused(classifier, birds, tmp_path, monkeypatch):
+def test_a_truncated_file_is_named(classifier, birds, tmp_path):
     birds[0].save(tmp_path / "whole.jpg")
     cut = write(tmp_path / "cut.jpg", (tmp_path / "whole.jpg").read_bytes()[:900])
     with pytest.raises(ValueError, match=r"image 1: .*cut.jpg cannot be read as an image"):
         classifier([tmp_path / "whole.jpg", cut])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    with pytest.raises(ValueError, match="more than 10,000 pixels"):
-        classifier(tmp_path / "whole.jpg")
 
 
 def test_models(folder, tmp_path):
@@ -227,7 +224,6 @@ def test_images_get_the_precision_of_the_model(dtype, birds):
         torch.testing.assert_close(found.probabilities(birds), expected, atol=1e-4, rtol=0)
     plain = timm.create_model("test_resnet", num_classes=3).to(dtype)
     assert Classifier(plain).probabilities(birds).sum(1).tolist() == pytest.approx([1, 1], abs=0.01)
-    assert found.explain(birds[0]).logits.joint.dtype in (dtype, torch.float32)
 
 
 def test_classes_of_one_name_stay_apart():

@@ -91,20 +91,6 @@ def test_meta_tensors_pass_forward_and_backward(name):
     assert model.eval()(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 5)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_default_device_is_not_asked(name):
-    model, x = build(name).eval(), torch.rand(2, 3, 64, 64)
-    torch.manual_seed(0)
-    expected = model(x)
-    torch.set_default_device("meta")
-    try:
-        torch.manual_seed(0)
-        logits = model(x)
-    finally:
-        torch.set_default_device(None)
-    assert torch.equal(logits, expected)
-
-
 @pytest.mark.parametrize("options", [{}, dict(scan_size=32, zoom_size=48)])
 def test_channels_last_is_read_in_both_passes(options):
     """By the backbone and all of its convolutions."""

@@ -21,7 +21,6 @@ import s3n_timm
 from s3n_timm import S3N, S3NLoss
 from s3n_timm.data import class_names, drawn_birds, load
 from s3n_timm.peaks import PARTITION_MODES, find_peaks, partition_peaks
-from s3n_timm.sampling import sample_response
 
 onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
@@ -150,21 +149,6 @@ def test_every_partition_compiles_once(counter, mode):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 9])
-def test_sampling_compiles_once_for_any_response(counter, number):
-    options = dict(mode="expected", beta_discriminative=2.0, beta_complementary=6.0)
-    compiled = torch.compile(sample_response, fullgraph=True, backend=counter)
-    image = birds(2)
-    for peaks in (4, number):
-        response = torch.zeros(2, 31, 31)
-        for i in range(peaks):  # far from each other
-            response[:, 3 + 9 * (i // 3), 4 + 9 * (i % 3)] = 1 - 0.05 * i
-        expected = sample_response(image, response, **options)
-        assert expected.peaks.sum((1, 2)).tolist() == [peaks] * 2
-        torch.testing.assert_close(compiled(image, response, **options), expected, rtol=1e-4, atol=1e-4)
-    assert counter.frame_count == 1
-
-
 def test_inductor_gives_the_same_logits():
     """A backbone of one layer: inductor takes seconds a kernel, and export.py, below, compiles a whole network."""
     torch.manual_seed(0)
@@ -275,19 +259,6 @@ def test_onnx_runtime_finds_the_peaks_of_plateaus(tmp_path):
     expected = find_peaks(response)
     assert expected.sum((1, 2)).bool().tolist() == [True, True, False]
     assert torch.equal(start(tmp_path / "peaks.onnx")(response), expected)
-
-
-# FX
-
-
-@pytest.mark.parametrize("backbone", FAMILIES)
-def test_fx_follows_every_family(backbone):
-    model = build(backbone)
-    traced = timm.models.create_feature_extractor(model, {"fusion": "joint"})
-    images = birds(2, FAMILIES[backbone]["side"])
-    with torch.no_grad():
-        torch.testing.assert_close(traced(images)["joint"], model(images))
-        torch.testing.assert_close(traced(images[:1])["joint"], model(images[:1]))
 
 
 # the script

@@ -305,7 +305,7 @@ def test_offline_from_the_cache(stranger, offline, birds, wanted, how, tmp_path)
 
 
 def test_load_needs_a_name_of_the_hub(stranger, alice, hub):
-    assert "twice" not in stranger.fail("load", "a/b@c@d", kind="ValueError")
+    stranger.fail("load", "a/b@c@d", kind="ValueError")
     assert "no such repository" in stranger.fail("load", "alice/nothing", kind="PermissionError")
     alice.do("push", "alice/incomplete")
     repository = hub.repositories["alice/incomplete"]

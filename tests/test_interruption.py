@@ -139,8 +139,7 @@ def test_a_signal_before_training_ends_the_process_at_once(tmp_path, monkeypatch
     assert not list((tmp_path / "run").iterdir())
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_evaluation_ends_it_and_the_epoch_is_kept(tmp_path, monkeypatch, kind):
+def test_a_signal_during_evaluation_ends_it_and_the_epoch_is_kept(tmp_path, monkeypatch):
     args = ("--num-images", 96, "--val-fraction", 0.5, "--epochs", 2, "--output")
     train(*args, tmp_path / "whole")
     batches = []
@@ -148,7 +147,7 @@ def test_a_signal_during_evaluation_ends_it_and_the_epoch_is_kept(tmp_path, monk
     def signalling(loader, **_):
         for batch in loader:
             if not batches:
-                os.kill(os.getpid(), kind)
+                os.kill(os.getpid(), signal.SIGTERM)
             batches.append(batch)
             yield batch
 
@@ -163,8 +162,7 @@ def test_a_signal_during_evaluation_ends_it_and_the_epoch_is_kept(tmp_path, monk
     assert "after 0 epochs and 6 updates" in text
     a, b = weights(tmp_path / "run"), weights(tmp_path / "whole")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    for name in ("summary.csv",):
-        assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert (tmp_path / "run" / "summary.csv").read_text() == (tmp_path / "whole" / "summary.csv").read_text()
 
 
 def test_a_signal_while_the_exported_backbone_is_tested_ends_the_run_without_results(tmp_path, monkeypatch):
@@ -331,7 +329,8 @@ def test_the_partition_phase_is_part_of_the_weights(whole):
 
 
 def test_a_loss_that_is_not_finite_is_never_saved_and_its_remedies_may_change(tmp_path):
-    args = ("--epochs", 2, "--checkpoint-every", 1, "--checkpoint-hist", 9, "--output", tmp_path / "run")
+    args = ("--epochs", 2, "--sched", "constant", "--checkpoint-every", 1, "--checkpoint-hist", 9, "--output",
+            tmp_path / "run")
     text = train(*args, "--lr", 1e30, ok=False)
     update = int(text.partition("at update ")[2].partition(":")[0])
     assert "The loss became" in text
@@ -348,7 +347,7 @@ def test_a_loss_that_is_not_finite_is_never_saved_and_its_remedies_may_change(tm
     assert "--clip-grad was None and is 1.0" in text
     assert "--warmup-epochs was 1 and is" not in text
     with (tmp_path / "run" / "summary.csv").open() as file:
-        assert [float(row["lr"]) < 1.1e-4 for row in csv.DictReader(file)][-1]
+        assert float(list(csv.DictReader(file))[-1]["lr"]) == pytest.approx(1e-4)
 
 
 def write_images(root):

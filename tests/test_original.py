@@ -199,9 +199,8 @@ def test_learned_scales(tmp_path):
 # forms of a file
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(
+    ("prefix", "wrapped", "zipped"), [("module.", True, True), ("", False, True), ("", True, False)])
 def test_forms(tmp_path, prefix, wrapped, zipped):
     state = {f"{prefix}{key}": value for key, value in hollow().items()}
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1, momentum=0.9).state_dict()

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
 import s3n_timm
-from s3n_timm.data import draw_bird, drawn_birds
+from s3n_timm.data import drawn_birds
 from s3n_timm.registry import PACKAGED
 
 
@@ -74,9 +73,3 @@ def test_its_command_makes_such_a_folder(tmp_path, monkeypatch):
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, PACKAGED))
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in ours.items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in theirs.items()}
-
-
-def test_one_drawn_bird_is_named():
-    bird = draw_bird(np.random.default_rng(0), label=5, num_classes=8)
-    classifier = s3n_timm.Classifier("s3n_test_resnet")
-    assert classifier(bird.image)[0]["label"] == classifier.label_names[5]

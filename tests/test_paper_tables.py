@@ -120,7 +120,7 @@ def test_table_holds_the_metrics_of_the_runs(trained):
     assert rows["plain"]["difference"] is None
     for name in ("O+D+C", "sparse", "probability"):
         metrics = {key: value["mean"] for key, value in rows[name]["metrics"].items()}
-        assert metrics.pop("seconds") > 1
+        assert metrics.pop("seconds") > 0
         accuracy = full["accuracy"]
         assert metrics == dict(
             joint=accuracy["joint"]["top1"], O=accuracy["original"]["top1"], D=accuracy["discriminative"]["top1"],
@@ -274,8 +274,8 @@ def test_seconds_add_up(stand_in, tmp_path, monkeypatch):
     path.write_text(json.dumps(dict(record, seconds=1000)))
     monkeypatch.delenv("STOP")
     stand_in("--rows", "plain", "--seeds", 0)
-    assert 1000 < read_rows(tmp_path / "out")["plain"]["metrics"]["seconds"]["mean"] < 1060
-    assert 0 < record["seconds"] < 60
+    assert read_rows(tmp_path / "out")["plain"]["metrics"]["seconds"]["mean"] > 1000
+    assert record["seconds"] > 0
 
 
 def test_a_run_that_learned_nothing_may_change(stand_in, tmp_path, monkeypatch):

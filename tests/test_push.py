@@ -107,6 +107,9 @@ def test_results_for_the_card_are_those_of_evaluate(finished, resumed, tmp_path)
                     for folder in (finished / "evaluation" / "best", tmp_path))
     assert ours.keys() == theirs.keys()
     assert ours["model"] == theirs["model"]
+    for measure in ("accuracy", "calibration"):
+        for output, values in ours["measures"][measure].items():
+            assert values == pytest.approx(theirs["measures"][measure][output]), output
     assert theirs["measures"].keys() - ours["measures"].keys() <= {
         "boxes", "hits", "localization", "magnification", "parts"}  # of annotations
 

@@ -480,6 +480,17 @@ def test_names_with_weights():
         "s3n", "s3n_test_resnet.birds"}
 
 
+def test_a_module_as_backbone_states_its_own_preprocessing(tmp_path):
+    backbone = timm.create_model("test_efficientnet", num_classes=5)
+    model = timm.create_model("s3n", backbone=backbone, num_classes=5)
+    direct = S3N(timm.create_model("test_efficientnet", num_classes=5), num_classes=5)
+    for name in ("mean", "std", "input_size", "interpolation", "classifier"):
+        assert model.pretrained_cfg[name] == direct.pretrained_cfg[name], name
+    with torch.no_grad():
+        expected = model.eval()(images())
+        torch.testing.assert_close(s3n_timm.load_model(s3n_timm.save(model, tmp_path / "m")).eval()(images()), expected)
+
+
 def test_default_beta_is_the_originals():
     model = timm.create_model("s3n_resnet18", num_classes=2)
     assert model.beta["discriminative"].item() == pytest.approx(math.sqrt(2) * 0.09 * 31)

@@ -339,16 +339,6 @@ def test_a_constant_map_stays_without_peaks_when_it_is_resized(value, grid_size)
     assert_near(out.complementary.grid, identity(1, (8, 8)), 1e-6)
 
 
-def test_images_of_a_batch_do_not_see_each_other():
-    maps, scores = torch.randn(3, 6, 7, 7, generator=seeded(0)), torch.randn(3, 6, generator=seeded(1))
-    images = smooth_images(3, (12, 12))
-    together = selective_sample(images, maps, scores, mode="expected", **SMALL)
-    for i in range(3):
-        alone = selective_sample(images[i : i + 1], maps[i : i + 1], scores[i : i + 1], mode="expected", **SMALL)
-        assert_near(together.discriminative.grid[i], alone.discriminative.grid[0], 1e-6)
-        assert_near(together.complementary.grid[i], alone.complementary.grid[0], 1e-6)
-
-
 @pytest.mark.parametrize("kept", ["discriminative", "complementary"])
 def test_a_branch_left_out_is_none(kept):
     maps, images = torch.randn(1, 6, 7, 7, generator=seeded(0)), smooth_images(1, (12, 12))
@@ -656,6 +646,7 @@ def test_exports_with_a_dynamic_batch(mode):
         (dict(grid_size=(9, 1)), "grid_size"),
         (dict(grid_size=(9, 9, 9)), "grid_size"),
         (dict(window=4), "window"),
+        (dict(floor=float("nan"), attention="response"), "floor"),
         (dict(peak_floor="median"), "peak_floor"),
         (dict(branches=("original",)), "branch"),
         (dict(branches=("original",), attention="response"), "branch"),

@@ -11,7 +11,7 @@ import s3n_timm
 
 NAMES = timm.list_models("s3n*")
 # more of the blocks of other ResNets: whether they are built is asked, and no more
-DEEPER = ("s3n", "s3n_resnet34", "s3n_resnet101", "s3n_resnet152")
+DEEPER = ("s3n", "s3n_resnet34", "s3n_resnet101", "s3n_resnet152", "s3n_resnext50_32x4d")
 BATCH = 2
 # pool_size is stated for the cfg's input_size: these are cheap enough to see it there, the others are scaled down
 FULL_SIZE = ("s3n_resnet18", "s3n_regnety_008", "s3n_tf_efficientnet_lite0", "s3n_swin_*")

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +21,14 @@ from s3n_timm.config import ANSWERS, BRANCH_SETS, PRESETS
 from s3n_timm.images import is_of_system
 from s3n_timm.sampling import ATTENTIONS
 
+MAX_SEED = 2**32 - 1  # of numpy
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 # of timm.scheduler, which returns no scheduler at all for a name that it does not know; plateau steps by epochs
-SCHEDULES = ("constant", "cosine", "multistep", "poly", "rsqrt", "step", "tanh", "wsd")
+SCHEDULES = ("constant", "cosine", "multistep", "poly", "rsqrt", "tanh", "wsd")
 TRACKERS = tuple(str(name) for name in LoggerType)
 # flags without a default, which a recipe gives
-NEEDED = ("backbone", "img_size", "batch_size", "epochs", "opt", "lr", "sched", "scale")
+NEEDED = ("backbone", "img_size", "batch_size", "epochs", "opt", "momentum", "weight_decay", "lr", "sched", "scale")
 
 # what may differ between a run and the one that goes on from its checkpoint, without a change of what is learned
 FREE_TO_CHANGE = frozenset((
@@ -86,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--attention", default="sparse", choices=ATTENTIONS, help="what the sampling maps are made of")
     model.add_argument("--answer", default="joint", choices=ANSWERS,
                        help="output to predict with; its validation accuracy selects the best epoch")
-    model.add_argument("--model-kwargs", type=json.loads, default={}, metavar="JSON", help="further arguments of S3N")
+    model.add_argument("--model-kwargs", type=_read_object, default={}, metavar="JSON", help="further arguments of S3N")
     model.add_argument("--sync-bn", action="store_true", help="synchronize batch norm over all processes")
     model.add_argument("--freeze-bn", action="store_true", help="keep batch norm in eval mode")
     model.add_argument("--channels-last", action=on_off, default=True, help="channels-last memory format")
@@ -146,8 +148,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if given:
             parser.error(f"--plain has no {given[0]}: --model-kwargs may give backbone_args alone.")
     if first.backbone not in (None, recipe.get("backbone")):
-        for name in ("model_kwargs", "pretrained_path"):  # meant for the recipe's own backbone
-            recipe.pop(name, None)
+        recipe.pop("pretrained_path", None)  # meant for the recipe's own backbone, as is the next
+        recipe["model_kwargs"] = {name: value for name, value in recipe.get("model_kwargs", {}).items()
+                                  if name != "backbone_args"}
     if first.pretrained is False:
         recipe.pop("pretrained_path", None)
     parser.set_defaults(**recipe)
@@ -156,6 +159,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.pretrained = args.pretrained or args.pretrained_path is not None
     _check(args, parser)
     return args
+
+
+def _read_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} must be an object, such as {{\"fwhm\": 13}}.")
+    return value
 
 
 def _read_recipe(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -168,13 +181,28 @@ def _read_recipe(args: argparse.Namespace, parser: argparse.ArgumentParser) -> d
         parser.error(f"--recipe {name} is neither a file nor one of {RECIPES}.")
     content = _load_yaml(path, parser)
     recipe: dict[str, Any] = content["shared"] | content.get(args.preset, {})
-    for key in recipe:
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in recipe.items():
         if key not in vars(args):
             parser.error(f"{path} sets {key!r}, which is no flag of this script: see --help.")
+        if value is not None and not _fits(actions[key], value):
+            parser.error(f"{path} sets {key} to {value!r}, which --{key.replace('_', '-')} does not take: see --help.")
     missing = [name for name in NEEDED if name not in recipe and getattr(args, name) is None]
     if missing:
         parser.error(f"{path} lacks {', '.join(missing)}: give what it builds on, such as base: own.")
     return recipe
+
+
+def _fits(action: argparse.Action, value: Any) -> bool:
+    """Whether a flag takes a value of a recipe, which argparse does not look at."""
+    if isinstance(value, dict):  # by output, or for models
+        return action.dest in ("smoothing", "model_kwargs")
+    several = action.nargs == "+" or (isinstance(action.nargs, int) and action.nargs > 0)
+    if several != isinstance(value, list):
+        return False
+    values = value if several else [value]
+    kinds: tuple[type, ...] = {int: (int,), float: (int, float)}.get(action.type, (object,))  # type: ignore[call-overload]
+    return all(isinstance(each, kinds) and (not action.choices or each in action.choices) for each in values)
 
 
 def _load_yaml(path: Path, parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
@@ -210,10 +238,16 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse what can be refused before anything is read."""
     for name in ("img_size", "batch_size", "epochs", "lr", "grad_accum_steps", "checkpoint_hist",
                  "checkpoint_every", "patience", "val_interval", "num_images", "shuffle_buffer", "clip_grad",
-                 "layer_decay"):
+                 "layer_decay", "cpu_threads"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}.")
+    for name, most in dict(mixup=math.inf, cutmix=math.inf, color_jitter=math.inf, weight_decay=math.inf, reprob=1,
+                           momentum=1, model_ema_decay=1, seed=MAX_SEED).items():
+        if not 0 <= getattr(args, name) <= most:
+            parser.error(f"--{name.replace('_', '-')} must lie in 0 to {most:g}, got {getattr(args, name)}.")
+    if not 0 < args.scale[0] <= args.scale[1] <= 1:
+        parser.error(f"--scale must be two parts of the area, the smaller one first, got {args.scale}.")
     if args.pretrained_path not in (None, "s3n_test_resnet") and not Path(args.pretrained_path).exists():
         parser.error(f"--pretrained-path {args.pretrained_path} is neither a file nor a folder.")
     if not 0 <= args.val_fraction < 1:
@@ -223,10 +257,15 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.sched in ("none", "plateau"):
         parser.error(f"--sched {args.sched} does not step by updates: use one of {', '.join(SCHEDULES)}.")
     _check_name("--sched", args.sched, SCHEDULES, parser)
+    if args.sched == "multistep" and not args.decay_milestones:
+        parser.error("--sched multistep decays at --decay-milestones: give some.")
+    least = dict(rsqrt=1, wsd=0).get(args.sched)
+    if least is not None and not least <= args.warmup_epochs < args.epochs:
+        parser.error(f"--sched {args.sched} needs --warmup-epochs from {least} to below --epochs {args.epochs}.")
     _check_name("--opt", args.opt.lower().removeprefix("lookahead_"), list_optimizers(), parser)
     for name in args.log_with:
         _check_name("--log-with", name, TRACKERS, parser)
-    own = args.dataset in ("folder", "parquet")  # which may have a validation part
+    own = args.dataset in ("folder", "multi-label", "parquet")  # which may have a validation part
     if args.patience and not (args.val_fraction or args.val_split or own):
         parser.error("--patience needs validation images: give --val-fraction or --val-split.")
     if args.val_split and not args.dataset.startswith("hub:"):
@@ -255,6 +294,12 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error("--balanced needs all labels at hand: leave out --streaming.")
         if args.val_fraction and not args.val_split:
             parser.error("--streaming can't hold images out: give --val-split NAME or --val-fraction 0.")
+    warmup = args.model_kwargs.get("partition_warmup_epochs", PRESETS[args.preset]["partition_warmup_epochs"])
+    if not args.plain and isinstance(warmup, int) and 0 < warmup >= args.epochs:
+        parser.error(f"The peaks would be divided as in the first {warmup} epochs to the end: give more than --epochs "
+                     f"{args.epochs}, or --model-kwargs '{{\"partition_warmup_epochs\": …}}'.")
+    if args.dataset == "birds" and args.num_images is None:
+        parser.error("--dataset birds needs --num-images, since the recipe gives none.")
     if args.plain and (args.branches != "O+D+C" or args.attention != "sparse"):
         parser.error("--plain has no branches and no attention: leave out --branches and --attention.")
     if args.plain and args.answer != "joint":

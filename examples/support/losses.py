@@ -14,8 +14,8 @@ import s3n_timm
 from s3n_timm.data import is_multi_label
 
 
-def create_criterion(args: argparse.Namespace, class_weights: list[float] | None) -> s3n_timm.S3NLoss:
-    return s3n_timm.S3NLoss(
+def create_criterion(args: argparse.Namespace, class_weights: list[float] | None, classes: int) -> s3n_timm.S3NLoss:
+    criterion = s3n_timm.S3NLoss(
         args.smoothing,
         class_weights=class_weights,
         bce=args.bce_loss,
@@ -23,6 +23,10 @@ def create_criterion(args: argparse.Namespace, class_weights: list[float] | None
         bce_sum=args.bce_sum,
         bce_target_thresh=args.bce_target_thresh,
     )
+    if not args.bce_loss and max(criterion.smoothing.values()) > (classes - 1) / classes:
+        raise ValueError(f"--smoothing {args.smoothing} is more than {classes} classes share evenly, "
+                         f"{(classes - 1) / classes:.2f} at most.")
+    return criterion
 
 
 def list_class_weights(args: argparse.Namespace, names: list[str], train: Any) -> list[float] | None:

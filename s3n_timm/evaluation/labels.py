@@ -65,6 +65,9 @@ def summarize_labels(records: Mapping[str, Tensor], names: Sequence[str]) -> dic
     Returns:
         `mean_average_precision` by output, `f1_micro` and `f1_macro` of the answer, and `classes`, a list of `name`,
         `images`, `average_precision`, `precision`, `recall` and `f1`; None for a class that no image shows.
+
+    Raises:
+        ValueError: a logit is not finite.
     """
     with needs_extra("train"):
         from torchmetrics.functional.classification import (
@@ -73,6 +76,8 @@ def summarize_labels(records: Mapping[str, Tensor], names: Sequence[str]) -> dic
             multilabel_recall,
         )
 
+    if not records["logits_answer"].isfinite().all():
+        raise ValueError("The model gives logits that are not finite: its training diverged, take other weights.")
     labels = records["label"].long()
     scores = records["logits_answer"].double().sigmoid()
     options: dict[str, Any] = dict(num_labels=labels.shape[1], average=None)

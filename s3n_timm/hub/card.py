@@ -95,6 +95,8 @@ def model_card(
         OSError: a file can't be read.
     """
     config = input_config(model, data_config)
+    if isinstance(limits, str):
+        raise ValueError("limits must be a list of sentences, got one.")
     name, dataset, licence, limits = _plain(name), _plain(dataset), _plain(licence), _plain(limits)
     measured = None if results is None else read_results(results, model)
     settings = None if recipe is None else _read_recipe(recipe)

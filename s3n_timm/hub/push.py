@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import known_label_names
 from ..checkpoints import label_names as names_of
+from ..images import expand_path
 from .card import Source
 from .download import CONFIG, WEIGHTS, one_sentence
 from .saving import card_files, load_model, save, write_files
@@ -112,12 +113,13 @@ def push_folder(
         ValueError: the folder holds no whole model; or as for `push_to_hub`.
         OSError: as for `push_to_hub`.
     """
+    folder = expand_path(folder)
     model = load_model(f"local-dir:{folder}").eval()
     names = names_of(model) if known_label_names(model) else None
     files = card_files(model, dict(about, name=repo_id), names)
     with TemporaryDirectory() as copy:
         for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(Path(folder) / name, Path(copy) / name)
+            shutil.copyfile(folder / name, Path(copy) / name)
         write_files(Path(copy), files)
         return _commit(copy, repo_id, private, token, revision, commit_message)
 

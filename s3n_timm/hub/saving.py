@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -36,7 +37,7 @@ from ..checkpoints import (
     label_names as names_of,
 )
 from ..files import replacing_file
-from ..images import image_mode, input_config, read_image
+from ..images import expand_path, image_mode, input_config, read_image
 from ..model import S3N
 from .benchmark import benchmark_file
 from .card import model_card
@@ -78,11 +79,15 @@ def save(
         The folder.
 
     Raises:
-        ValueError: the backbone has no timm name to rebuild it from, the number of names is not that of classes, or
-            the card can't be written from what it is given. Nothing is written then.
+        ValueError: the backbone has no timm name to rebuild it from, the model was built with an argument that JSON
+            can't hold, the number of names is not that of classes, or the card can't be written from what it is given.
+            Nothing is written then.
         OSError: a file can't be read or written.
     """
-    args = model.config.to_dict() if isinstance(model, S3N) else get_model_args(model)
+    try:
+        args = model.config.to_dict() if isinstance(model, S3N) else get_model_args(model)
+    except ValueError as error:
+        raise ValueError(f"config.json cannot hold what this model was built with: {error}.") from error
     if args.get("backbone", "") is None or not getattr(model, "pretrained_cfg", {}).get("architecture"):
         raise ValueError("This model's backbone is not one of timm's by name, so config.json could not rebuild it.")
     if label_names is None and known_label_names(model):
@@ -92,7 +97,8 @@ def save(
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f"label_names has {len(label_names)} names for {model.num_classes} classes.")
     beside: dict[str, bytes] = {} if card is None else card_files(model, card, label_names, data_config)
-    folder = Path(folder)
+    config = _config_text(model, dict(args), label_names, data_config)
+    folder = expand_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = model.state_dict() if state_dict is None else state_dict
     # safetensors wants contiguous tensors, which a model trained in channels-last does not have
@@ -102,23 +108,31 @@ def save(
             save_file(tensors, path, metadata=dict(format="pt"))
         except SafetensorError as error:
             raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
+    write_files(folder, {CONFIG: config.encode(), **beside})
+    return folder
+
+
+def _config_text(
+        model: nn.Module,
+        args: dict[str, Any],
+        label_names: Sequence[str] | None,
+        data_config: Mapping[str, Any] | None,
+) -> str:
+    """What timm writes to config.json."""
     beyond: dict[str, Any] = {} if label_names is None else dict(label_names=list(map(str, label_names)))
     if is_multi_label_model(model):
         beyond["problem_type"] = "multi_label_classification"  # what transformers goes by
-    with replacing_file(folder / CONFIG) as path:
-        save_config_for_hf(
-            model,
-            str(path),
-            model_config=beyond,
-            model_args=dict(args),
-            data_config=None if data_config is None else dict(data_config),
-        )
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG
+        try:
+            save_config_for_hf(model, str(path), model_config=beyond, model_args=args,
+                               data_config=None if data_config is None else dict(data_config))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config.json cannot hold what this model was built with: {error}.") from error
         config = json.loads(path.read_text(encoding="utf-8"))
-        # timm takes it from the top of the file, and transformers, which gives both to timm, fails on two
-        config["model_args"].pop("num_classes", None)
-        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
-    write_files(folder, beside)
-    return folder
+    # timm takes it from the top of the file, and transformers, which gives both to timm, fails on two
+    config["model_args"].pop("num_classes", None)
+    return json.dumps(config, indent=2)
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
