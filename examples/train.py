@@ -60,7 +60,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from s3n_timm import S3N
-from s3n_timm.checkpoints import mark_multi_label
+from s3n_timm.checkpoints import as_names, mark_multi_label
 from s3n_timm.data import class_names
 from s3n_timm.images import image_mode, input_config
 
@@ -94,7 +94,7 @@ def create_model(args: argparse.Namespace, num_classes: int, accelerator: Accele
 
 def freeze(model: nn.Module) -> list[nn.Parameter]:
     """Put what --freeze-epochs does not train into eval mode, the backbone without its classifier; its parameters."""
-    classifiers = _classifier_names(model)
+    classifiers = as_names(model.pretrained_cfg["classifier"])
     backbone = model.backbone if isinstance(model, S3N) else model
     prefix = "backbone." if isinstance(model, S3N) else ""
     for name, module in backbone.named_modules():
@@ -104,17 +104,12 @@ def freeze(model: nn.Module) -> list[nn.Parameter]:
             if not f"{prefix}{name}".startswith(tuple(f"{classifier}." for classifier in classifiers))]
 
 
-def _classifier_names(model: nn.Module) -> tuple[str, ...]:
-    names = model.pretrained_cfg["classifier"]
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 # optimizer
 
 
 def group_parameters(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Parameter groups of the paper's two learning rates, pretrained and new layers, of β's own, and of layer decay."""
-    new = tuple(f"{name}." for name in (*_classifier_names(model), "saliency"))
+    new = tuple(f"{name}." for name in (*as_names(model.pretrained_cfg["classifier"]), "saliency"))
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [dict(params=list(names), weight_decay=args.weight_decay, lr_scale=1.0)]
     if args.layer_decay:

@@ -118,6 +118,8 @@ class Classifier:
     @torch.inference_mode()
     def probabilities(self, images: Sequence[ImageLike] | Tensor) -> Tensor:
         """B×C probabilities of a sequence of images, in float32 on the CPU; the errors are those of a call."""
+        if isinstance(images, (str, bytes)):  # whose letters would be taken for images
+            raise TypeError("images must be a sequence of images, got one: call the classifier for it.")
         parts = [torch.empty(0, len(self.label_names), dtype=torch.float32)]
         for start in range(0, len(images), self.batch_size):
             batch = []

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .checkpoints import has_peaks
 from .extras import needs_extra
 from .heads import evaluating
 from .layout import GAP, LARGE, LINE, SMALL, Block, create_tiles, fit_line, name_row, show, write
@@ -52,7 +53,7 @@ def overlay(image: Image.Image | np.ndarray, heat: Tensor, alpha: float = 0.5) -
         An RGB image of the size of `image`.
 
     Raises:
-        ValueError: a shape is wrong.
+        ValueError: a shape is wrong, or `alpha` out of range.
 
     Example:
         >>> model = S3N("test_resnet", num_classes=3).eval()
@@ -67,6 +68,8 @@ def overlay(image: Image.Image | np.ndarray, heat: Tensor, alpha: float = 0.5) -
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or heat.ndim != 2:
         raise ValueError(f"image must be H×W×3 and heat h×w, got {pixels.shape} and {tuple(heat.shape)}.")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
     pixels = pixels / 255 if pixels.dtype == np.uint8 else pixels
     heat = heat.detach().float().cpu()
     heat = F.interpolate(heat[None, None], pixels.shape[:2], mode="bilinear", align_corners=True)[0, 0]
@@ -185,8 +188,7 @@ def draw_contact_sheet(
     head = LINE * (2 if any(titles) else 1) + 0.05
     blocks = math.ceil(len(images) / columns), columns
     figure, cells = create_tiles(blocks, (1, len(branches)), side, _aspect(images), left, top=0.25, head=head)
-    has_peaks = model.config.attention == "sparse" and len(model.warped) > 0
-    names = ("input and peaks" if has_peaks else "input", *model.warped)
+    names = ("input and peaks" if has_peaks(model) else "input", *model.warped)
     for cell in cells[:columns]:
         for i, (name, branch) in enumerate(zip(names, branches)):
             x = cell.x + i * (side + GAP) + side / 2
@@ -406,7 +408,7 @@ def _draw_warp(ax: "Axes", grid: Tensor, image: Any, color: str, lines: int = 25
 
 def _draw_all_peaks(ax: "Axes", model: S3N, seen: _Seen) -> None:
     """Peaks by their R, divided in the colors of the branches that they go to; grey: to none that the model has."""
-    if seen.sample is None or model.config.attention != "sparse":
+    if seen.sample is None or not has_peaks(model):
         return
     parts = {COLORS[branch]: getattr(seen.sample, branch).weights[0] for branch in model.warped}
     if len(parts) < len(BRANCHES):

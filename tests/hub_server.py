@@ -34,7 +34,6 @@ class Blob:
         self.content, self.lfs = content, lfs
         framed = b"blob %d\0%s" % (len(content), content)
         self.etag = hashlib.sha256(content).hexdigest() if lfs else hashlib.sha1(framed).hexdigest()
-        self.size = len(content)
 
 
 class Repository:

@@ -136,7 +136,6 @@ def expected(weights, path, threshold=1.5, width=1.0, partition="expected"):
 
 
 @pytest.mark.parametrize("settings", [
-    {},
     dict(width=0.3),
     dict(width=3),
     dict(threshold=0),

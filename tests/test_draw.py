@@ -2,7 +2,6 @@
 
 import itertools
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from s3n_timm.classifier import Classifier
 from s3n_timm.data import draw_bird
 from s3n_timm.draw import COLORS, GREY, RIGHT, WRONG, draw_contact_sheet, draw_epochs, draw_explanation, overlay
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "visualize.py"
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 NAMES = ("wren", "robin", "dunnock")
 LONG = ("a $very$ long name of a class that nobody could ever read " * 3, "W" * 100, "two\nlines of \\frac{1}{2} $")
@@ -209,6 +207,8 @@ def test_overlay_of_images_and_arrays():
     for same in (array, array / 255, (array / 255).astype(np.float32)):
         assert np.array_equal(overlay(same, heat), result)
     assert np.array_equal(overlay(array, heat, alpha=0), array)
+    with pytest.raises(ValueError, match="alpha"):
+        overlay(array, heat, alpha=2)
     assert overlay(array, torch.zeros(2, 2)).getpixel((0, 0)) == overlay(array, torch.ones(2, 2)).getpixel((0, 0))
     for image, wrong in ((array[..., 0], heat), (array, heat[None])):
         with pytest.raises(ValueError, match="image must be H×W×3 and heat h×w"):

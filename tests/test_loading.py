@@ -135,7 +135,7 @@ def test_wrong_weights_are_no_model(folder, kind, num_classes):
     file = folder / "model.safetensors"
     save_file(wrong_weights(kind, load_file(file)), file)
     options = {} if num_classes is None else dict(num_classes=num_classes)
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match=r"fit nowhere|lacks keys|NaN or infinite|too few|(Missing|Unexpected) key"):
         load_model(folder, **options)
     if "s3n" in (folder / "config.json").read_text():
         with pytest.raises((RuntimeError, ValueError)):

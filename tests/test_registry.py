@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 
 import pytest
 import timm
@@ -376,11 +375,6 @@ def test_arguments_can_be_changed_on_loading(saved):
     assert_same(again.state_dict(), model.state_dict(), prefix="")
 
 
-def test_no_pickle_is_written(saved):
-    names = sorted(path.name for path in saved[1].iterdir())
-    assert names == ["config.json", "model.safetensors"]
-
-
 def test_data_config(tmp_path):
     model = build()
     data = dict(timm.data.resolve_data_config({}, model=model), crop_pct=0.5, input_size=(3, 96, 96))
@@ -489,8 +483,3 @@ def test_a_module_as_backbone_states_its_own_preprocessing(tmp_path):
     with torch.no_grad():
         expected = model.eval()(images())
         torch.testing.assert_close(s3n_timm.load_model(s3n_timm.save(model, tmp_path / "m")).eval()(images()), expected)
-
-
-def test_default_beta_is_the_originals():
-    model = timm.create_model("s3n_resnet18", num_classes=2)
-    assert model.beta["discriminative"].item() == pytest.approx(math.sqrt(2) * 0.09 * 31)

@@ -17,6 +17,7 @@ from support.publishing import add_hub_flags, check_hub_flags
 from timm.optim import list_optimizers
 
 import s3n_timm
+from s3n_timm.checkpoints import CROP_MODES
 from s3n_timm.config import ANSWERS, BRANCH_SETS, PRESETS
 from s3n_timm.images import is_of_system
 from s3n_timm.sampling import ATTENTIONS
@@ -66,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("-b", "--batch-size", type=int, help="images per process and step")
     data.add_argument("--img-size", type=int, metavar="PX", help="input size in pixels")
     data.add_argument("--crop-pct", type=float, help="center crop of evaluation images, as a fraction")
-    data.add_argument("--crop-mode", choices=("center", "squash", "border"), help="timm's crop mode for evaluation")
+    data.add_argument("--crop-mode", choices=CROP_MODES, help="timm's crop mode for evaluation")
     data.add_argument("--scale", type=float, nargs=2, metavar="PCT", help="area range of random resized crops")
     data.add_argument("--color-jitter", type=float, default=0.0, metavar="PCT", help="color jitter factor")
     data.add_argument("--reprob", type=float, default=0.0, metavar="PCT", help="random erasing probability")
