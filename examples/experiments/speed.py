@@ -32,7 +32,7 @@ def measure_rows(args: argparse.Namespace, device: torch.device) -> list[dict[st
     models, gmacs = {}, {}
     for name in args.rows:
         # --resume: a folder of a run that is there is no fault here
-        given = ["--recipe", "cub50", "--no-pretrained", "--resume", *ROWS[name].train]
+        given = ["--dataset", "cub", "--recipe", "cub50", "--no-pretrained", "--resume", *ROWS[name].train]
         train_args = parse_train_args([*given, "--channels-last" if args.channels_last else "--no-channels-last"])
         x = draw_images(args.batch_size, train_args.img_size, args, device)
         models[name] = create_model(train_args, 50, Accelerator()).to(device).eval(), x
