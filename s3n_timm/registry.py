@@ -64,6 +64,11 @@ def _backbone_cfg(backbone: str) -> PretrainedCfg:
     return _as_s3n(cfg)
 
 
+def _read_cfg(cfg: Mapping[str, Any]) -> PretrainedCfg:
+    """A model's own config, without what is no field of timm's."""
+    return PretrainedCfg(**{name: value for name, value in cfg.items() if name in PretrainedCfg.__dataclass_fields__})
+
+
 def _as_s3n(cfg: PretrainedCfg) -> PretrainedCfg:
     return replace(
         cfg,
@@ -77,9 +82,8 @@ def _as_s3n(cfg: PretrainedCfg) -> PretrainedCfg:
 
 def _packaged_cfg() -> PretrainedCfg:
     cfg, *_ = load_model_config_from_path(PACKAGED)
-    known = {name: value for name, value in cfg.items() if name in PretrainedCfg.__dataclass_fields__}
     own = dict(source=None, file=str(PACKAGED / WEIGHTS), pool_size=(6, 6), architecture=None, tag=None)
-    return PretrainedCfg(**known | own)
+    return replace(_read_cfg(cfg), **own)
 
 
 default_cfgs = generate_default_cfgs({
@@ -117,9 +121,8 @@ def _create_s3n(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
                 not fixed or ("." in backbone and backbone != fixed)):  # other weights than the variant's
             kwargs["pretrained_cfg"] = replace(_backbone_cfg(backbone), architecture=variant)
         elif isinstance(backbone, nn.Module) and not kwargs.get("pretrained_cfg"):
-            known = {name: value for name, value in getattr(backbone, "pretrained_cfg", {}).items()
-                     if name in PretrainedCfg.__dataclass_fields__}
-            kwargs["pretrained_cfg"] = replace(_as_s3n(PretrainedCfg(**known)), architecture=variant)
+            cfg = _read_cfg(getattr(backbone, "pretrained_cfg", {}))
+            kwargs["pretrained_cfg"] = replace(_as_s3n(cfg), architecture=variant)
         given = kwargs.get("pretrained_cfg_overlay") or {}
         if pretrained and given.get("file") is not None:
             check_weights_file(given["file"])
