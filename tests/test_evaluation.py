@@ -607,3 +607,9 @@ def test_importing_the_package_needs_neither_scipy_nor_torchmetrics():
         "assert not {'scipy.ndimage', 'scipy.stats'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(s3n_timm.__file__).parents[1])
+
+
+def test_a_diverged_model_of_several_labels_has_no_precision():
+    records = dict(label=torch.tensor([[1, 0], [0, 1]]), logits_answer=torch.full((2, 2), torch.nan))
+    with pytest.raises(ValueError, match="diverged"):
+        evaluation.summarize_labels(records, ["a", "b"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..extras import needs_extra
 from ..model import S3N
 from ..outputs import mean_answer
+from .statistics import check_finite
 
 
 def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
@@ -76,8 +77,7 @@ def summarize_labels(records: Mapping[str, Tensor], names: Sequence[str]) -> dic
             multilabel_recall,
         )
 
-    if not records["logits_answer"].isfinite().all():
-        raise ValueError("The model gives logits that are not finite: its training diverged, take other weights.")
+    check_finite(records["logits_answer"])
     labels = records["label"].long()
     scores = records["logits_answer"].double().sigmoid()
     options: dict[str, Any] = dict(num_labels=labels.shape[1], average=None)

@@ -16,7 +16,7 @@ from ..outputs import mean_answer
 from .geometry import Crop, transform_boxes, transform_points
 from .localization import box_iou, largest_region_box, localization_accuracy, localization_maps
 from .peaks import count_hits, hit_histogram, hit_rate, nearest_parts
-from .statistics import bootstrap_interval, calibration_error, fit_temperature, nll
+from .statistics import bootstrap_interval, calibration_error, check_finite, fit_temperature, nll
 from .warps import background_magnification, box_magnification, magnification, resize_grid
 
 OUTPUTS = ("joint", "mean", "original", "discriminative", "complementary")
@@ -168,8 +168,7 @@ def summarize(
     label, logits = records["label"], records["logits"]
     if not len(label):
         raise ValueError("records must hold at least one image.")
-    if not logits.isfinite().all():
-        raise ValueError("The model gives logits that are not finite: its training diverged, take other weights.")
+    check_finite(logits)
     metrics: dict[str, Any] = dict(accuracy=_accuracy(records), calibration=_calibration(logits, label, seed))
     if exit_entropy is not None:
         metrics["early_exit"] = _early_exit(records, exit_entropy)

@@ -157,6 +157,12 @@ def confused_pairs(labels: Tensor, predictions: Tensor, num_classes: int, k: int
 # intervals
 
 
+def check_finite(logits: Tensor) -> None:
+    """Raise a ValueError where a model's training diverged."""
+    if not logits.isfinite().all():
+        raise ValueError("The model gives logits that are not finite: its training diverged, take other weights.")
+
+
 def _check_bootstrap(count: int, level: float) -> None:
     if not count:
         raise ValueError("correct must hold at least one image.")
