@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     mixup: Mixup | None
+    teacher: Callable[[Tensor], Tensor] | None
     progress: Progress
     trajectory: dict[str, Any]
     names: list[str]
