@@ -42,13 +42,19 @@ def _sample_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor 
 _sample_whole.register_autograd(_sample_backward, setup_context=_keep_inputs)
 
 
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    """Asked outside the trace: inside it torch.compile of torch 2.11 calls every compilation an export."""
+    return getattr(torch.compiler, "is_exporting", lambda: True)()
+
+
 def read_border(image: Tensor, grid: Tensor, align_corners: bool = True) -> Tensor:
     """Read an image bilinearly at a grid, and its border outside; NaN reads the middle.
 
     torch's sampler for CPUs takes NaN for a place in memory: its backward pass ends the process.
     """
-    compiles = torch.compiler.is_compiling() and not getattr(torch.compiler, "is_exporting", lambda: True)()
-    return (_sample_whole if compiles else _sample_border)(image, grid.nan_to_num(), align_corners)
+    whole = torch.compiler.is_compiling() and not _is_exporting()
+    return (_sample_whole if whole else _sample_border)(image, grid.nan_to_num(), align_corners)
 
 
 def layout_of(images: Tensor) -> torch.memory_format:

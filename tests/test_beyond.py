@@ -96,6 +96,17 @@ def test_the_sampler_of_compiled_graphs_is_torch_s_own(align_corners):
     assert "s3n_timm.sample_border" in graphs[0]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_graphs_hold_operators_of_torch_alone(strict):
+    class Read(torch.nn.Module):
+        def forward(self, image, grid):
+            return read_border(image, grid)
+
+    exported = torch.export.export(Read(), (torch.rand(2, 3, 9, 8), torch.rand(2, 5, 6, 2)), strict=strict)
+    assert "grid_sampler" in exported.graph_module.code
+    assert "s3n_timm" not in exported.graph_module.code
+
+
 def test_branches_read_what_was_asked_for():
     model = build(scan_size=64, zoom_size=(96, 80)).eval()
     seen = model.explain(images(side=128))
