@@ -744,6 +744,7 @@ def test_picture_is_drawn(tmp_path):
         (dict(recipe={}), ValueError, "recipe holds no arguments"),
         (dict(picture="picture.exe"), ValueError, "must end in one of"),
         (dict(picture="nowhere.png"), FileNotFoundError, "nowhere.png"),
+        (dict(limits="Night images."), ValueError, "limits must be a list"),
     ],
 )
 def test_card_refuses(tmp_path, about, kind, said):

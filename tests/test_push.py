@@ -245,11 +245,12 @@ def test_folder_is_pushed_to_a_branch_with_what_is_known(hub, finished, tmp_path
     assert hub.files("alice/folder", "trial")["picture.jpg"] == (tmp_path / "bird.jpg").read_bytes()
 
 
-def test_weights_go_as_they_are_stored(hub, tmp_path):
+def test_weights_go_as_they_are_stored(hub, tmp_path, monkeypatch):
     model = timm.create_model("s3n", backbone="test_resnet", num_classes=3)
     halves = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     s3n_timm.save(model, tmp_path, label_names=["a", "b", "c"], state_dict=halves)
-    push_folder(tmp_path, "alice/half")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    push_folder(f"~/{tmp_path.name}", "alice/half")
     assert same_model(hub, "alice/half", tmp_path)
 
 
