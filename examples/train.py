@@ -47,7 +47,7 @@ from support.launching import (
 )
 from support.loaders import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
 from support.losses import create_criterion, list_class_weights
-from support.models import read_pretrained, read_teacher, refuse_single_values
+from support.models import read_pretrained, refuse_single_values
 from support.progress import progress as show_progress
 from support.publishing import ask_hub, publish
 from support.results import evaluate, finish_training
@@ -178,8 +178,6 @@ def train_epoch(run: Run, epoch: int, loader: TrainLoader) -> bool:
         seed_batch(args, bare, images, progress.updates, part)
         if run.mixup is not None:
             images, target = run.mixup(images, target)
-        if run.teacher is not None:
-            target = run.teacher(images)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.accumulate(run.model):
@@ -367,15 +365,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) 
             updates_per_epoch=train_loader.updates_per_epoch,
         )
         criterion = create_criterion(args, class_weights, len(names)).to(accelerator.device)
-        teacher = read_teacher(args, splits["train"], data_config, accelerator) if args.teacher else None
     bare = unwrap(model, accelerator)
     mixup: Mixup | None = None
     if args.mixup or args.cutmix:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=0.0, num_classes=len(names),
                       multi_label=criterion.multi_label)
     ema = ModelEmaV3(bare, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
-    run = Run(args, accelerator, model, ema, criterion, optimizer, scheduler, mixup, teacher, Progress(), held,
-              names, data_config, stop)
+    run = Run(args, accelerator, model, ema, criterion, optimizer, scheduler, mixup, Progress(), held, names,
+              data_config, stop)
     progress = run.progress
     for line in notes:
         accelerator.print(line)

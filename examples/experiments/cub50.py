@@ -50,7 +50,6 @@ class Row(NamedTuple):
     evaluated: str = "last"  # which folder of train.py: last, or backbone, the plain timm model of the O branch
     answer: str = "joint"  # the output of evaluate.py that counts
     exit_entropy: float | None = None  # below it the original branch answers, see s3n_timm.early_exit
-    teacher: str | None = None  # the row whose network, of the same seed, it learns from in place of the labels
     cost: str | None = None  # the row whose speed stands for this one's: the same network at the same input size
 
     @property
@@ -129,12 +128,6 @@ def compare_at(side: int) -> dict[str, Row]:
     rows |= {f"{s3n}-{name}": Row(f"S3N, {side} px, 18 epochs, {' '.join(flags)}", (*px, "--epochs", "18", *flags),
                                   cost=s3n_cost or s3n)
              for name, flags in IDEAS.items()}
-    rows |= {
-        f"plain{size}-{epochs}-from-{kind}{ending}": Row(
-            f"the backbone alone, {side} px, {epochs} epochs, taught by {teacher} {' '.join(flags)}",
-            (*plain, "--epochs", epochs, *flags), teacher=teacher, cost=cost)
-        for epochs in ("18", "54", "108") for kind, teacher in (("s3n", s3n), ("plain", f"plain{size}-18"))
-        for ending, flags in (("", ()), ("-mixup", ("--mixup", "1")))}
     return rows
 
 
@@ -197,8 +190,6 @@ def plan_run(name: str, seed: int, args: argparse.Namespace) -> Run:
     words = [sys.executable, str(EXAMPLES / "train.py"), *data, "--recipe", "cub50", "--pretrained-path",
              str(args.pretrained_path), *flags, "--val-interval", "1000", "--seed", str(seed),
              "--output", str(folder), "--resume", *shared]
-    teacher = ROWS[trained].teacher
-    words += ["--teacher", str(args.output / teacher / f"seed-{seed}" / "last")] if teacher else []
     words += VALIDATION if args.validation else []
     ending = "" if row.evaluated == "last" else f"-{row.evaluated}"
     evaluation = folder / (f"evaluation-{name}" if row.evaluate else f"evaluation{ending}")
@@ -206,7 +197,6 @@ def plan_run(name: str, seed: int, args: argparse.Namespace) -> Run:
                 *(("--split", "train", *VALIDATION) if args.validation else ()),
                 "--seed", str(seed), "--output", str(evaluation), *shared]
     settings = dict(row=trained, flags=list(flags), s3n_timm=s3n_timm.__version__, validation=args.validation)
-    settings |= dict(teacher=teacher) if teacher else {}
     return Run(name, seed, folder, words, evaluate, settings)
 
 
@@ -278,8 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seeds:
         for name in args.rows:
             if not (args.results / f"{name}-{seed}.json").is_file():
-                trained = ROWS[name].trained or name
-                chains.setdefault((seed, ROWS[trained].teacher or trained), []).append(plan_run(name, seed, args))
+                chains.setdefault((seed, ROWS[name].trained or name), []).append(plan_run(name, seed, args))
     printing = threading.Lock()
 
     def finish(run: Run) -> None:

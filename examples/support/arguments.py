@@ -112,9 +112,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--decay-milestones", type=int, nargs="+", default=[], metavar="EPOCH",
                        help="epochs at which --sched multistep decays the rate")
     train.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
-    train.add_argument("--teacher", metavar="PATH",
-                       help="a trained model, S3N or plain: learn what it says of each training image, in place of the "
-                            "labels")
     train.add_argument("--class-weights", metavar="WEIGHTS",
                        help="weights of the classes in the loss: balanced, by their training images, or a file: "
                             ".csv with the columns class and weight, or .json with names and numbers")
@@ -151,8 +148,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         given = sorted(first.model_kwargs.keys() - {"backbone_args"})
         if given:
             parser.error(f"--plain has no {given[0]}: --model-kwargs may give backbone_args alone.")
-    if first.teacher:
-        recipe.pop("smoothing", None)  # meant for labels
     if first.backbone not in (None, recipe.get("backbone")):
         recipe.pop("pretrained_path", None)  # meant for the recipe's own backbone, as is the next
         recipe["model_kwargs"] = {name: value for name, value in recipe.get("model_kwargs", {}).items()

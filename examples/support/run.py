@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,6 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     mixup: Mixup | None
-    teacher: Callable[[Tensor], Tensor] | None
     progress: Progress
     trajectory: dict[str, Any]
     names: list[str]
