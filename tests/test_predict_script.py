@@ -140,6 +140,16 @@ def test_boxes_surround_what_is_magnified():
     assert flat.isnan().all()
 
 
+def test_mixed_precision_is_that_of_accelerate(model_folder, photographs, predictions, predict, tmp_path):
+    words = (model_folder, photographs, "--output", tmp_path / "out")
+    run(command("predict.py", *words, *FAST), ok=False, ACCELERATE_MIXED_PRECISION="bf16")
+    rows = [[row for row in read(folder) if row["error"] is None] for folder in (predictions, tmp_path / "out")]
+    exact, rounded = ([row["probability"] for row in each] for each in rows)
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, abs=0.1)
+    assert "mixed_precision bf16, not of no" in predict(*words, status=1)
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_formats_agree(model_folder, photographs, predictions, predict, tmp_path, kind):
     predict(model_folder, photographs, "--output", tmp_path, "--format", kind, status=1)
@@ -424,6 +434,7 @@ class OtherProcess:
     """An accelerator of a process that listed the images after the main process did."""
 
     is_main_process, device, process_index, num_processes = False, torch.device("cpu"), 1, 2
+    mixed_precision = "no"
 
     def __init__(self, main):
         self.main, self.waits = main, 0

@@ -44,7 +44,8 @@ def describe_results(
         units=UNITS if "accuracy" in measures else "%",
         model=as_plain(describe_model(model, data_config)),
         measures=measures,
-        run=dict(run, processes=accelerator.num_processes, device=str(accelerator.device), versions=versions),
+        run=dict(run, processes=accelerator.num_processes, device=str(accelerator.device),
+                 mixed_precision=accelerator.mixed_precision, versions=versions),
     )
 
 
