@@ -125,16 +125,15 @@ class Answers(NamedTuple):
 
 
 @torch.inference_mode()
-def answer(classifier: s3n_timm.Classifier, x: Tensor, sizes: Tensor, accelerator: Accelerator) -> Answers:
+def answer(classifier: s3n_timm.Classifier, x: Tensor, sizes: Tensor) -> Answers:
     model, x = classifier.model, classifier.to_model(x)
     none = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    with accelerator.autocast():
-        if not isinstance(model, s3n_timm.S3N):
-            return Answers(score_classes(model(x), classifier.multi_label), none)
-        if classifier.exit_entropy:
-            prediction = answer_batch(model, x, classifier.exit_entropy)
-            return Answers(prediction.probabilities, prediction.exited)
-        logits, sample, _ = model.forward_branches(x, branches=model.answering)
+    if not isinstance(model, s3n_timm.S3N):
+        return Answers(score_classes(model(x), classifier.multi_label), none)
+    if classifier.exit_entropy:
+        prediction = answer_batch(model, x, classifier.exit_entropy)
+        return Answers(prediction.probabilities, prediction.exited)
+    logits, sample, _ = model.forward_branches(x, branches=model.answering)
     probabilities = score_classes(model.decide(logits), classifier.multi_label)
     if sample is None:
         return Answers(probabilities, none)
@@ -369,8 +368,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         bar = stack.enter_context(progress(unit=" images", disable=not accelerator.is_main_process))
         with Writer(classifier, args) as writer:
             for batch in loader:
-                read = batch.images is not None
-                writer.add(batch, answer(classifier, batch.images, batch.sizes, accelerator) if read else None)
+                with accelerator.autocast():
+                    answers = None if batch.images is None else answer(classifier, batch.images, batch.sizes)
+                writer.add(batch, answers)
                 bar.update(len(batch.items))
         accelerator.wait_for_everyone()
     shards = sorted(args.output.glob(f"shard-*.{args.format}"))

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
@@ -80,6 +81,19 @@ def call(script: str, *args: object, ok: bool = True, **environment: str) -> str
             torch._dynamo.reset()
     assert failed != ok, text.getvalue()
     return text.getvalue()
+
+
+def assert_near(ours: Any, theirs: Any, rel: float = 1e-5) -> None:
+    """Nested results are the same but for rounding: how a batch is made up decides in which order sums are taken."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        ours, theirs = list(ours.values()), list(theirs.values())
+    if isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for our, their in zip(ours, theirs):
+            assert_near(our, their, rel)
+    else:
+        assert ours == (pytest.approx(theirs, rel=rel) if isinstance(theirs, float) else theirs)
 
 
 def free_port() -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import Forked, call, command
+from helpers import Forked, assert_near, call, command
 from helpers import run as run_process
 from PIL import Image
 from support import reports
@@ -86,19 +86,6 @@ def read_csv(path):
 
 
 # processes
-
-
-def assert_near(ours, theirs):
-    """The same but for rounding: how a batch is made up decides in which order sums are taken."""
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        ours, theirs = list(ours.values()), list(theirs.values())
-    if isinstance(ours, list):
-        assert len(ours) == len(theirs)
-        for our, their in zip(ours, theirs):
-            assert_near(our, their)
-    else:
-        assert ours == (pytest.approx(theirs, rel=1e-5) if isinstance(theirs, float) else theirs)
 
 
 def test_two_processes_and_one_give_the_same_figures(weights, tmp_path):
