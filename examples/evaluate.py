@@ -26,6 +26,7 @@ from support.launching import (
     count_default_workers,
     exiting_on,
     refuse_lone_process,
+    share_cpus,
     use_cpu_threads,
 )
 from support.loaders import hold_out, spread_over
@@ -284,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accept_any_encoding()
     args = parse_args(argv)
     refuse_lone_process()
+    share_cpus()
     accelerator = Accelerator(kwargs_handlers=[PATIENT])
     set_seed(args.seed, device_specific=True)  # processes that draw a partition draw different ones
     use_cpu_threads(args.cpu_threads, accelerator)

@@ -40,6 +40,7 @@ from support.launching import (
     count_cores,
     exiting_on,
     refuse_lone_process,
+    share_cpus,
     use_cpu_threads,
 )
 from support.progress import progress
@@ -344,6 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     accept_any_encoding()
     args = parse_args(argv)
     refuse_lone_process()
+    share_cpus()
     accelerator = Accelerator(kwargs_handlers=[PATIENT])
     use_cpu_threads(args.cpu_threads, accelerator)
     datasets.disable_progress_bars()

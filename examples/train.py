@@ -43,6 +43,7 @@ from support.launching import (
     exiting_on,
     reading,
     refuse_lone_process,
+    share_cpus,
     use_cpu_threads,
 )
 from support.loaders import TrainLoader, count_images, create_eval_loader, load_splits, mix_seeds
@@ -300,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     accept_any_encoding()
     args = parse_args(argv)
     refuse_lone_process()
+    share_cpus()
     with exiting_on(KeyboardInterrupt), StopSignal() as stop, exiting_on(OutputError, DataError, FloatingPointError):
         with exiting_on(ValueError):
             accelerator = create_accelerator(args)

@@ -92,6 +92,14 @@ def test_two_machines(alone, tmp_path):
     assert largest_difference(output, alone) < 1e-4
 
 
+def test_processes_of_torchrun_find_each_other_on_cpus(tmp_path):
+    """Accelerate asks to be told that they run on CPUs, which nobody does who has no GPU."""
+    text = Forked("train.py", *SMALL, "--epochs", 1, "--output", tmp_path / "run", processes=2,
+                  ACCELERATE_USE_CPU="").end()
+    assert "16 images an update, 2 process(es)" in text
+
+
+
 def test_fsdp_trains_to_the_same_weights_and_resumes(alone, tmp_path):
     output = tmp_path / "run"
     launch = ["--config_file", EXAMPLES / "configs" / "fsdp.yaml", "--num_processes", 2, "--mixed_precision", "no"]

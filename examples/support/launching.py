@@ -40,6 +40,13 @@ def refuse_lone_process() -> None:
         )
 
 
+def share_cpus() -> None:
+    """Tell Accelerate that the processes of torchrun run on CPUs if nothing else is there: each would train alone."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not (alone or os.environ.get("ACCELERATE_USE_CPU") or torch.accelerator.is_available()):
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
 def count_cores() -> int:
     """Cores for this process: those that it may run on, shared evenly among the processes of its machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
