@@ -100,6 +100,7 @@ AUGMENTATIONS = {
     "randaugment": ("--aa", "rand-m9-mstd0.5-inc1"),
 }
 IDEAS = {
+    "erasing": AUGMENTATIONS["erasing"],
     "reflect": kwargs(border="reflect"),
     "small": ("-b", "6"),  # an update reads 18 images, and there are about as many updates as of the plain 54 epochs
 }
