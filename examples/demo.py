@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,7 @@ def choose_photograph(shown: list[str], event: gr.SelectData) -> str:
     return shown[event.index]
 
 
-def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
+def create_page(classifier: Classifier, folder: Path, computing: threading.Semaphore) -> gr.Blocks:
     model = classifier.model
     sparse = bool(model.warped) and model.config.attention == "sparse"
     gated = bool(model.warped) and model.config.attention != "saliency"
@@ -259,7 +260,8 @@ def create_page(classifier: Classifier, folder: Path) -> gr.Blocks:
         if photograph is None:
             return None, None, None
         try:
-            return explain(classifier, photograph, threshold, width, partition)
+            with computing:
+                return explain(classifier, photograph, threshold, width, partition)
         except ValueError as error:
             message = str(error).replace(photograph, Path(photograph).name)
             raise gr.Error(message, print_exception=False) from None
@@ -329,7 +331,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not isinstance(classifier.model, S3N):
             raise ValueError(f"{args.weights} is no S3N model, so it has no peaks and warps to show.")
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = create_page(classifier, Path(folder))
+        computing = threading.Semaphore(AT_ONCE)
+        page = create_page(classifier, Path(folder), computing)
         theme = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
         middleware = [
             Middleware(TrustedHostMiddleware, [*own_names(args.host), *args.allow_host], www_redirect=False),
@@ -353,7 +356,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             page.block_thread()
         finally:
-            page.close(verbose=False)  # a thread that still computes when the interpreter goes aborts the process
+            page.close(verbose=False)  # waits for 5 seconds
+            for _ in range(AT_ONCE):
+                computing.acquire()  # a thread that still computes when the interpreter goes aborts the process
+            page.server.close()  # what has been computed is written to the folder that is deleted next
 
 
 if __name__ == "__main__":

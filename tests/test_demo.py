@@ -317,7 +317,8 @@ def test_a_stuck_image_does_not_stop_others(script, weights, bird, tmp_path, mon
     monkeypatch.setattr(script, "explain", hang)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page"))
     (tmp_path / "page").mkdir()
-    page = script.create_page(Classifier.from_pretrained(weights), tmp_path / "page")
+    classifier = Classifier.from_pretrained(weights)
+    page = script.create_page(classifier, tmp_path / "page", threading.Semaphore(script.AT_ONCE))
     page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
     try:
         client = Client(page.local_url, verbose=False, analytics_enabled=False, download_files=False)
@@ -432,7 +433,7 @@ def test_page_for_every_kind_of_model(script, bird, tmp_path, options):
         model.set_epoch(0)  # as train.py saves it in the first epochs
     classifier = Classifier.from_pretrained(save(model, tmp_path / "weights"))
     before = {name: value.clone() for name, value in classifier.model.state_dict().items()}
-    page = script.create_page(classifier, tmp_path)
+    page = script.create_page(classifier, tmp_path, threading.Semaphore(script.AT_ONCE))
     sliders = {each["props"]["label"]: each["props"]["visible"] for each in page.config["components"]
                if each["type"] in ("slider", "dropdown")}
     sparse = options.get("attention", "sparse") == "sparse" and options.get("branches") != "O"
