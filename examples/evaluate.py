@@ -22,9 +22,11 @@ from rich.console import Console
 from support.files import replace_text
 from support.launching import (
     PATIENT,
+    DataError,
     accept_any_encoding,
     count_default_workers,
     exiting_on,
+    reading,
     refuse_lone_process,
     share_cpus,
     use_cpu_threads,
@@ -253,7 +255,7 @@ def measure(
     `read` makes the rows of a batch.
     """
     batches = []
-    for batch in progress(loader, desc=args.split, disable=not accelerator.is_main_process, leave=False):
+    for batch in reading(progress(loader, desc=args.split, disable=not accelerator.is_main_process, leave=False)):
         with accelerator.autocast():
             rows = read(pad_batch(batch, args.batch_size))
         rows = {name: values[:len(batch["label"])].contiguous() for name, values in rows.items()}
@@ -312,13 +314,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     crop, several = Crop.from_config(data_config), is_multi_label(dataset)
     started = time.monotonic()
     measure_rows = measure_labels if several else measure_batch
-    records = measure(lambda batch: measure_rows(model, carry_annotations(batch, crop)), loader, args, accelerator)
-    seconds = time.monotonic() - started
     curves: dict[str, Tensor] = {}
-    if args.faithfulness:
-        some = create_loader(spread_over(dataset, args.faithfulness_images), rows, args)
-        curves = measure(lambda batch: measure_faithfulness(model, batch["image"], batch["index"], seed=args.seed),
-                         accelerator.prepare(some), args, accelerator)
+    with exiting_on(DataError):
+        records = measure(lambda batch: measure_rows(model, carry_annotations(batch, crop)), loader, args, accelerator)
+        seconds = time.monotonic() - started
+        if args.faithfulness:
+            some = create_loader(spread_over(dataset, args.faithfulness_images), rows, args)
+            curves = measure(lambda batch: measure_faithfulness(model, batch["image"], batch["index"], seed=args.seed),
+                             accelerator.prepare(some), args, accelerator)
     accelerator.end_training()  # a process that ends while gloo's threads run is aborted
     if not accelerator.is_main_process:
         return

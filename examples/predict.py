@@ -4,11 +4,13 @@
 
 One row per image: its label, probability, the five most probable labels (each with a probability of its own, where the
 model gives several labels an image), the entropy of the probabilities in nats, whether the original branch answered
-alone (early exit), the number of peaks, and the box of the stored image that each warp magnifies
-(s3n_timm.evaluation.magnified_boxes). An image that cannot be read has a row with the error, and the
-exit status is 1. Rows are written in shards of --shard-size: after an interruption the same command goes on after the
-last complete shard. predictions.json records digests of the model and of the list of images; a later run that finds
-another model is refused, one that finds other images too, unless --append adds rows for the new ones.
+alone (early exit), the number of peaks, and the box that each warp magnifies (s3n_timm.evaluation.magnified_boxes), in
+pixels of the image turned as its EXIF block says (PIL.ImageOps.exif_transpose). An image that cannot be read has a row
+with the error, and the exit status is 1; --retry-errors reads its shard again. Rows are written in shards of
+--shard-size: after an interruption the same command goes on after the last complete shard. predictions.json records
+digests of the model and of the list of images; a later run that finds another model is refused, one that finds other
+images too, unless --append adds rows for the new ones. Of images in a folder only the paths are compared: one that was
+replaced under its name keeps its row.
 
 With early exit (--exit-entropy, or a threshold in the model's config.json) peaks and boxes are left empty:
 --exit-entropy 0 gives them. In CSV files text that begins with = + - @ is preceded by ', so that no spreadsheet
@@ -52,7 +54,7 @@ from torch.utils.data import DataLoader
 import s3n_timm
 from s3n_timm.early_exit import answer_batch
 from s3n_timm.evaluation import Crop, magnified_boxes
-from s3n_timm.images import printable
+from s3n_timm.images import expand_path, printable
 from s3n_timm.outputs import score_classes
 
 WRITERS = dict(parquet="to_parquet", csv="to_csv", jsonl="to_json")
@@ -85,6 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                              "model's config.json states, else 0")
     parser.add_argument("--output", type=Path, default=Path("output/predictions"), help="folder (%(default)s)")
     parser.add_argument("--append", action="store_true", help="add rows for images that a folder did not hold before")
+    parser.add_argument("--retry-errors", action="store_true", help="read shards again that have images with errors")
     parser.add_argument("--format", choices=tuple(WRITERS), default="parquet")
     parser.add_argument("--shard-size", type=int, default=1_000, metavar="ROWS")
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="per process")
@@ -243,6 +246,14 @@ def find_shard(number: int, args: argparse.Namespace) -> Path | None:
     return next(args.output.glob(f"shard-{number:06d}-*.{args.format}"), None)
 
 
+def list_shards(args: argparse.Namespace) -> list[Path]:
+    return sorted(args.output.glob(f"shard-*.{args.format}"))
+
+
+def count_errors(shard: Path) -> int:
+    return int(shard.stem.rpartition("-")[2])
+
+
 # whose folder it is
 
 
@@ -272,6 +283,9 @@ def claim(
     path = args.output / "predictions.json"
     keys = ("weights", "source", "split", "image_column", "exit_entropy", "format", "shard_size")
     command = {name: str(getattr(args, name)) for name in keys} | dict(mixed_precision=accelerator.mixed_precision)
+    for name in ("weights", "source"):
+        if expand_path(command[name]).exists():
+            command[name] = str(Path(command[name]))  # without a slash at its end
     parts = [] if source.names is None else [len(source.names)]
     model = digest_model(classifier)
     if path.is_file():
@@ -288,6 +302,9 @@ def claim(
         raise ValueError(f"--output {args.output} is not empty: choose another folder.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        for shard in list_shards(args) if args.retry_errors else ():
+            if count_errors(shard):
+                shard.unlink()
         if source.names is not None:  # by a name of its own: the old list stays valid until predictions.json is new
             replace_text(args.output / f"images-{source.digest[:16]}.json", json.dumps(source.names))
         content = dict(command=command, model_sha256=model, images_sha256=source.digest, parts=parts)
@@ -351,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets.disable_progress_bars()
     cuda = accelerator.device.type == "cuda"
     shared = count_cores() if cuda else 2
-    with exiting_on(ValueError, OSError, KeyboardInterrupt), contextlib.ExitStack() as stack:
+    with exiting_on(ValueError, OSError), contextlib.ExitStack() as stack:
         source = open_source(args)
         classifier = s3n_timm.Classifier.from_pretrained(
             args.weights, device=accelerator.device, exit_entropy=args.exit_entropy)
@@ -375,13 +392,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 writer.add(batch, answers)
                 bar.update(len(batch.items))
         accelerator.wait_for_everyone()
-    shards = sorted(args.output.glob(f"shard-*.{args.format}"))
-    errors = sum(int(shard.stem.rpartition("-")[2]) for shard in shards)
+    shards = list_shards(args)
+    errors = sum(map(count_errors, shards))
     accelerator.end_training()
     if accelerator.is_main_process:
         print(f"{len(shards)} shards in {args.output}.")
         if errors:
-            print(f"predict.py: {errors} images could not be read: their rows hold the error.", file=sys.stderr)
+            print(f"predict.py: {errors} images could not be read: their rows hold the error. --retry-errors reads "
+                  "them again.", file=sys.stderr)
     return 1 if errors else 0
 
 

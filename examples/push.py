@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accept_any_encoding()
     args = parse_args(argv)
     options = {name: value for name, value in vars(args).items() if name not in ("folder", "repo_id")}
-    with exiting_on(ValueError, OSError, ImportError, KeyboardInterrupt):
+    with exiting_on(ValueError, OSError, ImportError):
         check_push(args.repo_id, private=args.private)
         print(f"{args.folder} is on the Hub: {push_folder(args.folder, args.repo_id, **options)}")
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from s3n_timm.classifier import Classifier
 from s3n_timm.draw import draw_contact_sheet, draw_epochs, draw_explanation
-from s3n_timm.images import expand_path
+from s3n_timm.images import expand_path, printable
 from s3n_timm.images import find_images as find_image_files
 
 PER_SHEET = 40  # images
@@ -96,7 +96,7 @@ def draw(
 ) -> Figure:
     first = classifiers[0]
     mean, std, label_names = first.data_config["mean"], first.data_config["std"], first.label_names
-    titles = [str(name) for name in names]
+    titles = [printable(name) for name in names]
     if len(classifiers) > 1:
         models = [classifier.model for classifier in classifiers]
         return draw_epochs(models, epochs, images, mean, std, label_names, labels, titles)

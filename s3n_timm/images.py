@@ -10,7 +10,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -198,7 +198,7 @@ def existing_folder(folder: str | Path) -> Path:
     return path
 
 
-def find_images(folder: str | Path) -> Iterator[Path]:
+def find_images(folder: str | Path, beside: Collection[str] = ()) -> Iterator[Path]:
     """Find the image files in a folder and the folders below it, by their suffixes.
 
     Links are followed unless they lead back to a folder above them. Hidden files and folders are passed over; how many
@@ -206,6 +206,7 @@ def find_images(folder: str | Path) -> Iterator[Path]:
 
     Args:
         folder: ~ is expanded.
+        beside: names of files that belong to the images and are not logged.
 
     Returns:
         Iterator over paths that begin with the folder, in a fixed order: sorted by name, the files of a folder before
@@ -215,12 +216,12 @@ def find_images(folder: str | Path) -> Iterator[Path]:
         FileNotFoundError: there is no such folder.
         OSError: (while iterating) a folder cannot be read.
     """
-    return _search(existing_folder(folder))
+    return _search(existing_folder(folder), beside)
 
 
-def _search(folder: Path) -> Iterator[Path]:
+def _search(folder: Path, beside: Collection[str]) -> Iterator[Path]:
     others: Counter[str] = Counter()
-    yield from _walk(folder, (), others)
+    yield from _walk(folder, (), beside, others)
     if others:
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(5))
         more = ", …" if len(others) > 5 else ""
@@ -228,7 +229,9 @@ def _search(folder: Path) -> Iterator[Path]:
             "%s: %d files that are not images were passed over (%s%s).", printable(folder), others.total(), kinds, more)
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...], others: Counter[str]) -> Iterator[Path]:
+def _walk(
+        folder: Path, above: tuple[tuple[int, int], ...], beside: Collection[str], others: Counter[str],
+) -> Iterator[Path]:
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
     if status.st_ino and here in above:  # drives without numbers give 0
@@ -244,10 +247,10 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], others: Counter[str]
             folders.append(path)
         elif path.suffix.lower() in image_suffixes() and asked.is_file():  # no pipe, device or broken link
             yield path
-        else:
+        elif entry.name not in beside:
             others[printable(path.suffix.lower())] += 1
     for path in folders:
-        yield from _walk(path, (*above, here), others)
+        yield from _walk(path, (*above, here), beside, others)
 
 
 # one image
@@ -293,7 +296,9 @@ class _Opened:
         try:
             mode = os.stat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
-            raise _Refused(f"{self.name} does not exist.") from None
+            web = "://" in str(self.file)
+            why = "is an address, which is not fetched: download it first" if web else "does not exist"
+            raise _Refused(f"{self.name} {why}.") from None
         if not stat.S_ISREG(mode):  # to open a pipe or a terminal can block for ever
             what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise _Refused(f"{self.name} cannot be read as an image: it is {what}.")
@@ -358,10 +363,12 @@ def _convert(image: Image.Image, mode: str, name: str = "the PIL image") -> Imag
     transparent = image.info.get("transparency")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
-        # 32 bits have no fixed white: files of 16 bits are opened in mode I, and floats lie in [0, 1]
-        top = 1.0 if image.mode == "F" and values.max() <= 1 else 65535.0
+        # 32 bits have no fixed white: integers are taken for 16 bits, as Pillow opens some of these files so
+        top = 1.0 if image.mode == "F" else 65535.0
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
             raise _Refused(f"{name} has pixel values out of range: they must lie in [0, {top:.0f}].")
+        if image.mode == "I" and 0 < values.max() <= 255:
+            raise _Refused(f"{name} holds 32-bit integers of at most 255, nearly black as 16 bits: store it as 8 bits.")
         scaled = (values * (255 / top)).round().astype(np.uint8)
         if isinstance(transparent, int):
             scaled[values == transparent] = 255

@@ -553,7 +553,7 @@ def test_parquet_rows(parquet_dir, reader):
         assert [row["label"] for row in rows(test)] == [2, 1]
         assert [row["image"].getpixel((0, 0))[0] for row in rows(train)] == [0, 1, 2]
         assert set(rows(train)[0]) == {"image", "label"}
-    check_disjoint(train, test)
+    check_disjoint(train=train, test=test)
     write_parquet(parquet_dir / "train-1.parquet", ["d"], 2)
     assert reader(parquet_dir).features["label"].names == ["a", "b", "d"]
 
@@ -756,34 +756,36 @@ def test_disjoint_bytes(parquet_dir, reader):
     write_parquet(parquet_dir / "test.parquet", ["c", "b", "a"], images=[
         {"bytes": png(value), "path": path} for value, path in ((30, "train.png"), (1, "b.png"), (2, None))
     ])
-    message = "row 1 (b.png) has the same content as row 1 (same.png) of training; remove it from one of the two."
-    fails(ValueError, message, check_disjoint, train, reader(parquet_dir, "test"))
+    message = "row 1 (b.png) of test has the same content as row 1 (same.png) of train; remove it from one of the two."
+    fails(ValueError, message, check_disjoint, train=train, test=reader(parquet_dir, "test"))
     write_parquet(parquet_dir / "test.parquet", ["c"], images=[{"bytes": png(2), "path": None}])
-    message = "row 0 has the same content as row 2 (same.png) of training; remove it from one of the two."
-    fails(ValueError, message, check_disjoint, train, reader(parquet_dir, "test"))
+    message = "row 0 of test has the same content as row 2 (same.png) of train; remove it from one of the two."
+    fails(ValueError, message, check_disjoint, train=train, test=reader(parquet_dir, "test"))
 
 
 def test_disjoint_paths(folder_dir, tmp_path, cache):
     train, test = folder_dir / "train", folder_dir / "val"
     for index, path in enumerate((*train.glob("*/*"), *test.glob("*/*"))):
         write_image(path, (40 + index, 30))
-    check_disjoint(image_folder(folder_dir), image_folder(folder_dir, "test"))
+    check_disjoint(train=image_folder(folder_dir), test=image_folder(folder_dir, "test"))
     dataset = image_folder(folder_dir).train_test_split(1, seed=0)
-    check_disjoint(dataset["train"], dataset["test"])
+    check_disjoint(**dataset)
     transformed = dataset["train"].with_transform(lambda batch: dict(image=[0] * len(batch["label"])))
-    check_disjoint(transformed, dataset["test"])
-    message = f"{train / 'b/0.png'} is also in training; remove it from one of the two splits."
-    everything = image_folder(folder_dir)
-    fails(ValueError, message, check_disjoint, everything, everything.select([1, 0]))
+    check_disjoint(train=transformed, test=dataset["test"])
+    everything, held = image_folder(folder_dir), image_folder(folder_dir, "test")
+    message = f"{train / 'b/0.png'} is in train and in test; remove it from one of the two splits."
+    fails(ValueError, message, check_disjoint, train=everything, test=everything.select([1, 0]))
+    message = f"{test / 'a/3.jpg'} is in validation and in test; remove it from one of the two splits."
+    fails(ValueError, message, check_disjoint, train=everything, validation=held, test=held)
     # The same content in another folder, or within a Parquet file
     (test / "a/3.jpg").write_bytes((train / "b/1.jpg").read_bytes())
-    message = f"{test / 'a/3.jpg'} has the same content as {train / 'b/1.jpg'} of training; remove it …."
-    fails(ValueError, message, check_disjoint, everything, image_folder(folder_dir, "test"))
+    message = f"{test / 'a/3.jpg'} of test has the same content as {train / 'b/1.jpg'} of train; remove it …."
+    fails(ValueError, message, check_disjoint, train=everything, test=held)
     other = tmp_path / "other"
     other.mkdir()
     write_parquet(other / "train.parquet", ["a"], images=[{"bytes": (train / "a/2.jpg").read_bytes(), "path": None}])
-    message = f"row 0 has the same content as {train / 'a/2.jpg'} of training; remove it from one of the two."
-    fails(ValueError, message, check_disjoint, everything, parquet(other))
+    message = f"row 0 of test has the same content as {train / 'a/2.jpg'} of train; remove it from one of the two."
+    fails(ValueError, message, check_disjoint, train=everything, test=parquet(other))
 
 
 def test_disjoint_missing_file(folder_dir):
@@ -791,7 +793,7 @@ def test_disjoint_missing_file(folder_dir):
     path = folder_dir / "val/a/3.jpg"
     path.unlink()
     message = f"Image {path} is not a local file and cannot be compared; restore or download it."
-    fails(FileNotFoundError, message, check_disjoint, train, test)
+    fails(FileNotFoundError, message, check_disjoint, train=train, test=test)
 
 
 def test_disjoint_hashes_only_equal_sizes(parquet_dir, monkeypatch):
@@ -801,7 +803,7 @@ def test_disjoint_hashes_only_equal_sizes(parquet_dir, monkeypatch):
     images = [{"bytes": png(0) + bytes(1000), "path": None}]
     write_parquet(parquet_dir / "test.parquet", ["a"], images=images)
     monkeypatch.setattr("hashlib.sha256", sha256)
-    check_disjoint(parquet(parquet_dir), parquet(parquet_dir, "test"))
+    check_disjoint(train=parquet(parquet_dir), test=parquet(parquet_dir, "test"))
 
 
 def test_load(cub_dir, tmp_path):
@@ -862,7 +864,7 @@ def write_metadata(folder, text, *images):
         Image.new("RGB", (8, 6), (i, 0, 0)).save(folder / name)
 
 
-def test_multi_label_folder_reads_the_names_between_bars(tmp_path):
+def test_multi_label_folder_reads_the_names_between_bars(tmp_path, caplog):
     write_metadata(tmp_path / "train", "\ufeffnote,file_name,labels\nx,b.png,wren | owl\n,sub/a.png,\n,c.png,kite\n",
                    "b.png", "sub/a.png", "c.png")
     write_metadata(tmp_path / "val", "file_name,labels\nv.png,owl\n", "v.png")
@@ -877,14 +879,16 @@ def test_multi_label_folder_reads_the_names_between_bars(tmp_path):
         part = load("multi-label", tmp_path, split)
         assert part["label"][:] == labels
         assert part.features == train.features
+    assert "passed over" not in caplog.text, "metadata.csv has been read"
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("file_name,owl,wren\na.png,1,0\n", "it has no column labels"),
-        ("image,labels\na.png,owl\n", "it has no column file_name"),
-        ("", "it has no column file_name"),
+        ("file_name,owl,wren\na.png,1,0\n", "must have one column labels"),
+        ("image,labels\na.png,owl\n", "must have one column file_name"),
+        ("file_name,labels,labels\na.png,owl,wren\n", "must have one column labels"),
+        ("", "must have one column file_name"),
         ("file_name,labels\n", "names no image"),
         ("file_name,labels\na.png,\n", "has no label"),
         ("file_name,labels\na.png,owl;wren\n", "be separated by"),

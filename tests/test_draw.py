@@ -1,7 +1,9 @@
 """Pictures of what a model sees."""
 
 import itertools
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -411,6 +413,11 @@ def test_sheet_knows_labels_by_folders(draw_files, weights, monkeypatch, tmp_pat
     assert written == ["sheet-2.pdf", "sheet.pdf"]
     assert (tmp_path / "out" / "sheet.pdf").read_bytes().startswith(b"%PDF")
     assert [args[5:] for args in calls] == [([None, 1], ["others/a.png", "robin/a.png"]), ([0], ["wren/a.png"])]
+
+
+def test_a_title_of_bytes_that_are_no_text(draw_files, weights, tmp_path):
+    save_bird(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")))
+    assert draw_files(tmp_path, "--weights", weights, "--sheet") == ["sheet.png"]
 
 
 def test_several_weights_are_a_strip(draw_files, weights, monkeypatch, tmp_path):

@@ -751,6 +751,19 @@ def write_folder(root, broken=None, count=2, classes=2):
     return root
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_was_not_verified_and_cannot_be_read_is_named(weights, tmp_path, workers):
+    data = write_folder(tmp_path / "data", broken="test/b/1.png", classes=CLASSES)
+    for name, other in zip(bird_names(), "abcdef"):
+        for split in ("train", "test"):
+            (data / split / other).rename(data / split / name)
+    args = ("--dataset", "folder", "--data-dir", data, "--no-verify", "--workers", workers)
+    text = Forked("evaluate.py", weights, *args, "--output", tmp_path / "out").end(ok=False)
+    assert text.strip().splitlines()[-1].startswith("evaluate.py: ")
+    assert "1.png cannot be read as an image" in text
+    assert "Traceback" not in text
+
+
 def test_missing_weights_end_in_one_sentence(tmp_path):
     text = call("evaluate.py", tmp_path / "nowhere", ok=False)
     assert text.startswith(f"evaluate.py: WEIGHTS {tmp_path / 'nowhere'} cannot be loaded: there is no such folder")

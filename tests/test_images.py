@@ -44,6 +44,25 @@ def test_16_bits_are_scaled(mode):
     assert np.array_equal(seen, expected)
 
 
+@pytest.mark.parametrize(
+    ("mode", "values"), [("F", [0, 1.01]), ("F", [0, 255]), ("F", [-0.1, 1]), ("I", [0, 255]), ("I", [0, 65536])])
+def test_values_of_an_unknown_range_are_refused(mode, values):
+    image = Image.fromarray(np.asarray([values], dtype=np.float32 if mode == "F" else np.int32))
+    assert image.mode == mode
+    with pytest.raises(ValueError, match="PIL image"):
+        read_image(image)
+
+
+def test_black_is_black():
+    for mode in ("I", "F", "I;16"):
+        assert np.asarray(read_image(Image.new(mode, (4, 4)))).max() == 0
+
+
+def test_an_address_is_not_said_to_be_missing():
+    with pytest.raises(ValueError, match=r"https://example\.com/bird\.png .*download"):
+        read_image("https://example.com/bird.png")
+
+
 def test_transparent_16_bits_lie_on_white():
     values = np.zeros((8, 8), np.uint16)
     values[:, 4:] = 30_000

@@ -4,6 +4,7 @@ import ast
 import json
 import multiprocessing
 import os
+import shutil
 import struct
 import time
 
@@ -401,6 +402,23 @@ def test_images_added_later_are_refused_or_appended(model_folder, growing, predi
     assert names_of(tmp_path / "out") == [*first, "000.png", "zzz.png", "111.png"]
     (growing / "111.png").unlink()
     assert "lacks 1" in predict(*words, status=1)
+
+
+def test_images_with_errors_are_read_again_when_asked(model_folder, growing, predict, tmp_path):
+    whole, broken = growing / "000.png", growing / "broken.png"
+    add(growing, whole.name)
+    broken.write_bytes(b"")
+    words = (model_folder, growing, "--output", tmp_path / "out")
+    predict(*words, status=1)
+    names, others = names_of(tmp_path / "out"), {path.name for path in (tmp_path / "out").glob("shard-*-0.parquet")}
+    shutil.copy(whole, broken)
+    written = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in others}
+    assert "--retry-errors" in predict(*words, status=1)
+    predict(*words, "--retry-errors")
+    assert names_of(tmp_path / "out") == names
+    assert not any(row["error"] for row in read(tmp_path / "out"))
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in others} == written
+    predict(model_folder, f"{growing}/", *words[2:])  # as shells complete it
 
 
 def test_images_added_between_kill_and_resume(model_folder, growing, predict, tmp_path):

@@ -5,9 +5,11 @@ import importlib
 import io
 import json
 import multiprocessing
+import shutil
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import timm
 import torch
@@ -18,6 +20,7 @@ from helpers import EXAMPLES, SMALL, Forked, call, command, largest_difference, 
 from PIL import Image
 from safetensors.torch import load_file
 from support.arguments import RECIPES, parse_args
+from support.loaders import hold_out
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
@@ -466,7 +469,7 @@ def test_bad_arguments_are_refused_at_once(args, message, capsys):
         (["--epochs", "0"], "--epochs must be positive"),
         (["--dataset", "cub", "--data-dir", "/nowhere"], "/nowhere is not a folder"),
         (["--dataset", "cub"], "data_dir must name the folder"),
-        (["--val-fraction", "0.01"], "--val-fraction 0.01 cannot be held out"),
+        (["--val-fraction", "0.99"], "--val-fraction 0.99 of"),
         (["--backbone", "vgg11"], "vgg11's head mixes positions"),
         (["--backbone", "nonsense"], "nonsense"),
         (["--model-kwargs", '{"window": 4}'], "window must be an odd whole number"),
@@ -528,8 +531,46 @@ def test_an_image_of_two_splits_is_named_before_the_first_step(tmp_path):
     (data / "test" / "b" / "0.png").write_bytes((data / "train" / "a" / "3.png").read_bytes())
     args = ("--dataset", "folder", "--data-dir", data, "--recipe", "birds", "--val-fraction", 0.2)
     text = train(*args, "--output", tmp_path / "run", ok=False)
-    assert "test/b/0.png has the same content as" in text
+    assert "test/b/0.png of test has the same content as" in text
     assert "Traceback" not in text
+    shutil.copytree(data / "test", data / "val")
+    (data / "test" / "b" / "0.png").unlink()
+    (data / "val" / "b" / "0.png").unlink()
+    text = train(*args, "--output", tmp_path / "run", ok=False)
+    assert "of validation has the same content as" in text
+
+
+@pytest.mark.parametrize(("count", "fraction", "held"), [(2, 0.1, 8), (3, 0.5, 12), (20, 0.1, 16)])
+def test_one_image_of_each_class_is_held_out_at_least(tmp_path, count, fraction, held):
+    names = [f"class {label}" for label in range(8)]
+    images = [dict(image=Image.new("RGB", (2, 2)), label=label) for label in range(8) for _ in range(count)]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    dataset = datasets.Dataset.from_list(images, features=features)
+    for seed in range(3):
+        train_part, val = hold_out(dataset, fraction, seed)
+        assert len(val) == held
+        assert len(train_part) == len(dataset) - held
+        assert set(val["label"]) == set(train_part["label"]) == set(range(8))
+    with pytest.raises(ValueError, match="class 7"):
+        hold_out(dataset.select(range(7 * count + 1)), fraction, 0)
+
+
+def test_no_class_is_held_out_as_a_whole(tmp_path):
+    labels = [[0], [0], [1], [0, 2], [], [0], [1, 3], [0]]
+    feature = datasets.Sequence(datasets.ClassLabel(names=["owl", "wren", "night", "pair"]))
+    features = datasets.Features(label=feature, number=datasets.Value("int64"))
+    rows = [dict(label=label, number=number) for number, label in enumerate(labels)]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    sizes = set()
+    for seed in range(20):
+        train_part, val = hold_out(dataset, 0.4, seed)
+        assert {each for row in train_part["label"] for each in row} == {0, 1, 2, 3}
+        assert sorted([*train_part["number"], *val["number"]]) == list(range(len(labels)))
+        sizes.add(len(val))
+    assert max(sizes) == 4
+    assert min(sizes) < 4
+    with pytest.raises(ValueError, match="no other image has"):
+        hold_out(datasets.Dataset.from_list([dict(label=[i], number=i) for i in range(4)], features=features), 0.4, 0)
 
 
 def test_a_plain_baseline_starts_as_s3n_does():

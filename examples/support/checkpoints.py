@@ -298,7 +298,7 @@ def find_checkpoint(output: Path, resume: str | None, trajectory: dict[str, Any]
         refused.append(f"Checkpoint {folder} is refused: {fault}.")
     if refused:
         raise ValueError(f"{' '.join(refused)} Choose another --output to start anew.")
-    return None, []
+    return None, [f"--resume: {output} has no checkpoint, so training starts from the beginning."]
 
 
 def load_checkpoint(folder: Path, progress: Progress, ema: ModelEmaV3 | None, accelerator: Accelerator) -> None:

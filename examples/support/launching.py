@@ -183,9 +183,9 @@ def reading(batches: Iterable[Any]) -> Iterator[Any]:
 
 @contextmanager
 def exiting_on(*kinds: type[BaseException]) -> Iterator[None]:
-    """End with the message alone of errors that the user can mend; all others keep their traceback."""
+    """End with the message alone of errors that the user can mend, and of Ctrl-C; all others keep their traceback."""
     try:
         yield
-    except kinds as error:
+    except (KeyboardInterrupt, *kinds) as error:
         text = str(error) or ("interrupted." if isinstance(error, KeyboardInterrupt) else type(error).__name__)
         sys.exit(f"{Path(sys.argv[0]).name}: {text}")

@@ -6,6 +6,7 @@ the number of processes and workers, nor on where a run was resumed.
 
 import argparse
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def load_splits(args: argparse.Namespace, verify: bool | None) -> dict[str, Any]
     elif args.val_fraction:
         train, val = hold_out(train, args.val_fraction, args.seed)
     if verify and not args.streaming and kind != "birds":  # birds of two splits are drawn apart
-        check_disjoint(train, *((val,) if val is test else (val, test)))
+        check_disjoint(train=train, test=test, **({} if val is test else dict(validation=val)))
     return dict(train=train, val=val, test=test)
 
 
@@ -74,13 +75,41 @@ def spread_over(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
 
 
 def hold_out(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training images without a part of every class, and that part; a part of all, where images have several labels."""
-    column = None if is_multi_label(train) else "label"  # images with several labels have no one class to divide by
+    """Training images without a part of every class, and that part: at least one image of each.
+
+    Where images have several labels it is a part of all; images of a class that no other would train stay in training.
+
+    Raises:
+        ValueError: a class has too few images.
+    """
+    if is_multi_label(train):
+        return hold_out_of_all(train, fraction, seed)
+    labels, counts = np.unique(train.with_format(None)["label"][:], return_counts=True)
+    if counts.min() < 2:
+        name = class_names(train)[labels[counts.argmin()]]
+        raise ValueError(f"Class {name!r} has one training image, so none can be held out for validation: add some, "
+                         "give validation images of your own (DATA/val), or --val-fraction 0.")
+    held = max(math.ceil(fraction * len(train)), len(counts))
+    if len(train) - held < len(counts):
+        raise ValueError(f"--val-fraction {fraction} of {len(train)} images leaves less than one for each of "
+                         f"{len(counts)} classes to train on: give a smaller one.")
+    parts = train.train_test_split(held, stratify_by_column="label", seed=seed)
+    return parts["train"], parts["test"]
+
+
+def hold_out_of_all(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     try:
-        parts = train.train_test_split(fraction, stratify_by_column=column, seed=seed)
+        parts = train.train_test_split(fraction, seed=seed)
     except ValueError as error:
         raise ValueError(f"--val-fraction {fraction} cannot be held out of training: {error}") from error
-    return parts["train"], parts["test"]
+    rest, held = parts["train"], parts["test"]
+    trained = set(itertools.chain.from_iterable(rest.with_format(None)["label"][:]))
+    spared = [trained.issuperset(labels) for labels in held.with_format(None)["label"][:]]
+    if not any(spared):
+        raise ValueError(f"--val-fraction {fraction} holds out only images of classes that no other image has: give "
+                         "validation images of your own (DATA/val), or --val-fraction 0.")
+    needed = held.select([i for i, free in enumerate(spared) if not free])
+    return datasets.concatenate_datasets([rest, needed]), held.select([i for i, free in enumerate(spared) if free])
 
 
 def count_test_birds(num_images: int, num_classes: int) -> int:

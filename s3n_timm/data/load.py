@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,18 @@ from .schema import check_all, data_folder
 from .tables import StoredFile, hub, image_files, parquet, parquet_files
 
 
-def check_disjoint(train: Any, *others: Any) -> None:
-    """Check that validation and test splits share no image file with training.
+def check_disjoint(**splits: Any) -> None:
+    """Check that no two splits share an image file: `check_disjoint(train=…, validation=…, test=…)`.
 
-    A file is shared if it is the same path, or another path or row with the same bytes. Only files whose size occurs on
-    both sides are hashed.
+    A file is shared if it is the same path, or another path or row with the same bytes. Only files whose size occurs in
+    two splits are hashed.
 
     Args:
-        train: Training split with a column image; a data set or a stream, which is read through up to twice.
-        others: Validation and test splits, likewise.
+        splits: By name, splits with a column image; a data set or a stream, which is read through up to twice.
 
     Raises:
         FileNotFoundError: If a file does not exist locally.
-        ValueError: If a file is shared; names the first.
+        ValueError: If a file is shared; names the first and both splits.
     """
     def describe(file: StoredFile) -> tuple[str | None, int]:
         path, content = file
@@ -47,23 +47,24 @@ def check_disjoint(train: Any, *others: Any) -> None:
         chosen = (row for row, (_, size) in rows if size in sizes)
         return check_all(lambda row: name_and_digest(*row), chosen, None, "comparing images")
 
-    of_train, *of_others = (check_all(describe, image_files(split), None, "comparing images")
-                            for split in (train, *others))
-    paths = {path for path, _ in of_train}
-    for path in (path for described in of_others for path, _ in described):
-        if path is not None and path in paths:
-            raise ValueError(f"{path} is also in training; remove it from one of the two splits.")
-    sizes = {size for _, size in of_train} & {size for described in of_others for _, size in described}
+    described = {split: check_all(describe, image_files(dataset), None, "comparing images")
+                 for split, dataset in splits.items()}
+    owners: dict[str, str] = {}
+    for split, files in described.items():
+        for path in (path for path, _ in files if path is not None):
+            if owners.setdefault(path, split) != split:
+                raise ValueError(f"{path} is in {owners[path]} and in {split}; remove it from one of the two splits.")
+    occurring = Counter(size for files in described.values() for size in {size for _, size in files})
+    sizes = {size for size, count in occurring.items() if count > 1}
     if not sizes:
         return
-    known: dict[bytes, str] = {}
-    for name, digest in digests(train, of_train):
-        known.setdefault(digest, name)
-    for other, described in zip(others, of_others):
-        for name, digest in digests(other, described):
-            if digest in known:
+    known: dict[bytes, tuple[str, str]] = {}
+    for split, files in described.items():
+        for name, digest in digests(splits[split], files):
+            first, owner = known.setdefault(digest, (name, split))
+            if owner != split:
                 raise ValueError(
-                    f"{name} has the same content as {known[digest]} of training; remove it from one of the two."
+                    f"{name} of {split} has the same content as {first} of {owner}; remove it from one of the two."
                 )
 
 

@@ -52,7 +52,7 @@ def multi_label_folder(data_dir: str | Path, split: str = "train", verify: bool 
         for name in labels:
             if name not in index:
                 raise ValueError(f"{path} has the label {name!r}, which no training image has; correct it.")
-    for path in find_images(parts[split]):
+    for path in find_images(parts[split], beside=(METADATA,)):
         if path not in rows:
             raise ValueError(f"{printable(path)} has no row in {METADATA}; add it or remove the image.")
     features = datasets.Features(image=datasets.Image(), label=datasets.Sequence(datasets.ClassLabel(names=names)))
@@ -70,9 +70,9 @@ def _read_rows(folder: Path) -> dict[Path, list[str]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             for column in ("file_name", "labels"):
-                if column not in (reader.fieldnames or ()):
-                    raise ValueError(f"it has no column {column}: give one line an image, its path in file_name and "
-                                     f"the names of its classes in labels, with {SEPARATOR} between them")
+                if (reader.fieldnames or ()).count(column) != 1:
+                    raise ValueError(f"it must have one column {column}: give one line an image, its path in file_name "
+                                     f"and the names of its classes in labels, with {SEPARATOR} between them")
             for row in reader:
                 image, labels = _read_row(row, f"line {reader.line_num}")
                 if folder / image in rows:
