@@ -140,11 +140,12 @@ def group_parameters(model: nn.Module, args: argparse.Namespace) -> list[dict[st
 def seed_batch(args: argparse.Namespace, model: nn.Module, images: Tensor, update: int, part: int) -> None:
     """Make the random draws of a batch a function of the seed and of the images' place in training.
 
-    The images of an update draw from one sequence, however many processes and accumulation steps they are divided
-    among: the peaks' draws (eq. 4) of the parts before this one are skipped.
+    The peaks of an update (eq. 4) are drawn from one sequence, however many processes and accumulation steps its images
+    are divided among: the draws of the parts before this one are skipped. Mixup and dropout differ from part to part.
     """
-    set_seed(mix_seeds(args.seed, update))
+    set_seed(mix_seeds(args.seed, update, part))
     if isinstance(model, S3N) and model.partition in ("probability", "random"):
+        torch.manual_seed(mix_seeds(args.seed, update))
         for _ in range(part):
             torch.rand(len(images), *model.config.grid_size, device=images.device)
 
@@ -318,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: argparse.Namespace, accelerator: Accelerator, stop: StopSignal) -> None:
     """Set up a run, or continue it, and train it to its end or to a signal."""
-    with exiting_on(ValueError, TypeError, OSError, RuntimeError):
+    with exiting_on(ValueError, TypeError, OSError, RuntimeError, AssertionError):
         with accelerator.local_main_process_first():
             splits = load_splits(args, verify=args.verify if accelerator.is_local_main_process else None)
         if args.patience and splits["val"] is splits["test"]:

@@ -1,7 +1,7 @@
 """The training loss (paper eq. 9)."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,20 @@ class S3NLoss(nn.Module):
             if output is not None
         ]
         return sum(terms[1:], terms[0])
+
+    def trainer_loss(
+            self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The loss as transformers' Trainer asks for it: `Trainer(…, compute_loss_func=S3NLoss().trainer_loss)`.
+
+        Args:
+            outputs: what its wrapper of timm models gives, with the field logits.
+            labels: the target.
+            num_items_in_batch: numbers in the labels of all batches of an update; the loss is this batch's part of
+                their mean. None: its own mean.
+        """
+        loss: Tensor = self(outputs.logits, labels)
+        return loss if num_items_in_batch is None else loss * labels.numel() / num_items_in_batch
 
     def _term(self, logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
         if logits.ndim != 2 or not logits.shape[1]:

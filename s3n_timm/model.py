@@ -1,7 +1,6 @@
 """S3N as an `nn.Module` with timm's interface: parameters and wiring around the functions of the method."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -418,13 +417,14 @@ class S3N(nn.Module):
         return taken
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
-        """Layer groups of the backbone, and a last one for all that S3N adds."""
+        """Layer groups of the backbone; all that S3N adds is in the last one, with its classifier."""
         matcher = self.backbone.group_matcher(coarse=coarse)
         names = [name for name, _ in self.backbone.named_parameters()]
         groups = group_with_matcher(((n, n) for n in names), matcher, reverse=True)
+        last = max(groups.values())
 
         def match(name: str) -> tuple[float, ...]:
-            return (float(groups.get(name.removeprefix("backbone."), math.inf)),)
+            return (float(groups.get(name.removeprefix("backbone."), last)),)
 
         return match
 

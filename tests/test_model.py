@@ -432,7 +432,12 @@ def test_layer_decay():
     assert depths == sorted(depths), "deeper layers do not learn faster"
     assert len(set(depths)) == len(depths)
     added = [name for name in scales if not name.startswith("backbone.")]
-    assert {scales[name] for name in added} == {1.0}
+    assert {scales[name] for name in (*added, "backbone.fc.weight", "backbone.fc.bias")} == {1.0}
+    plain = create_optimizer_v2(model.backbone, opt="sgd", lr=0.1, weight_decay=1e-4, layer_decay=0.5)
+    expected = {name: group["lr_scale"] for group in plain.param_groups
+                for name, parameter in model.backbone.named_parameters()
+                if any(parameter is each for each in group["params"])}
+    assert {name.removeprefix("backbone."): scale for name, scale in scales.items() if name not in added} == expected
     assert max(depths) < 1
     assert {decays[f"beta.{name}"] for name in WARPED} == {0.0}
     assert decays["fusion.weight"] == 1e-4

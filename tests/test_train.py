@@ -1,5 +1,6 @@
 """examples/train.py on a small network and few drawn birds."""
 
+import argparse
 import csv
 import importlib
 import io
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import timm
 import torch
@@ -285,7 +287,7 @@ def test_recipes_are_the_paper_s_and_the_original_s():
         for preset in PRESETS:
             args = parse_args(["--dataset", name, "--preset", preset])
             assert (args.backbone, args.img_size, args.batch_size, args.epochs) == ("resnet50", 448, 16, 60)
-            assert (args.opt, args.momentum, args.weight_decay, args.lr) == ("sgd", 0.9, 1e-4, 0.01)
+            assert (args.opt, args.momentum, args.weight_decay, args.lr) == ("momentum", 0.9, 1e-4, 0.01)
             assert args.lr * args.backbone_lr_scale == pytest.approx(0.001)
             assert args.pretrained
             assert args.val_fraction == 0
@@ -452,6 +454,13 @@ def test_image_folder(tmp_path):
         (["--sched", "wsd", "--epochs", "2", "--warmup-epochs", "2"], "--sched wsd needs --warmup-epochs"),
         (["--preset", "original", "--epochs", "18"], "partition_warmup_epochs"),
         (["--model-kwargs", "[1]"], "must be an object"),
+        (["--model-kwargs", '{"answer": "original"}'], "cannot hold answer"),
+        (["--model-kwargs", '{"preset": "original"}'], "cannot hold preset"),
+        (["--model-kwargs", '{"backbone_args": {"num_classes": 7}}'], "cannot hold num_classes"),
+        (["--opt", "adahessian"], "second derivatives"),
+        (["--crop-pct", "-1"], "--crop-pct must be positive"),
+        (["--warmup-epochs", "-1"], "--warmup-epochs must lie in"),
+        (["--backbone-lr-scale", "-1"], "--backbone-lr-scale must lie in"),
         (["--model-kwargs", "{"], "is not JSON"),
         (["--recipe", "cub"], "--dataset birds needs --num-images"),
     ],
@@ -477,6 +486,7 @@ def test_bad_arguments_are_refused_at_once(args, message, capsys):
         (["--log-with", "swanlab"], "--log-with swanlab needs that tracker's package: pip install swanlab"),
         (["--batch-size", "64"], "An update reads 64 images"),
         (["--mixed-precision", "fp16"], "fp16 needs a GPU"),
+        (["--aa", "nonsense"], "nonsense"),
     ],
 )
 def test_what_cannot_be_trained_ends_in_one_sentence(tmp_path, args, message):
@@ -604,6 +614,25 @@ def test_processes_exchange_once_an_update_and_the_host_waits_for_no_loss(tmp_pa
     assert [event for event in events if event != "read"] == update * 5
     assert events[:6] == update + update[:2] + ["send"]  # nothing is read before the second update is under way
     assert events.count("read") >= 5
+
+
+def test_parts_of_an_update_share_the_peaks_draws_and_no_others():
+    args, images = argparse.Namespace(seed=1), torch.empty(2, 3, 8, 8)
+
+    def draw(model, update, part):
+        script.seed_batch(args, model, images, update, part)
+        return torch.rand(2, 31, 31), np.random.rand()
+
+    plain = timm.create_model("test_resnet")
+    s3n = s3n_timm.S3N("test_resnet", partition_train="probability").train()
+    drawn = {(name, update, part): draw(model, update, part)
+             for name, model in (("plain", plain), ("s3n", s3n)) for update in (0, 1) for part in (0, 1, 2)}
+    assert len({number for (name, *_), (_, number) in drawn.items() if name == "plain"}) == 6
+    assert len({peaks.sum().item() for (name, *_), (peaks, _) in drawn.items() if name == "plain"}) == 6
+    script.seed_batch(args, s3n, images, 1, 0)
+    for part in range(3):
+        assert torch.equal(drawn["s3n", 1, part][0], torch.rand(2, 31, 31)), "as if the parts were one batch"
+    assert len({drawn["s3n", 1, part][1] for part in range(3)}) == 3
 
 
 def test_closing_weights_are_a_plain_model_too_and_a_picture_shows_what_is_seen(trained):

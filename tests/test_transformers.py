@@ -71,6 +71,28 @@ print(json.dumps(pipeline("image-classification", model="alice/birds")({str(phot
     assert scores(json.loads(done.stdout.splitlines()[-1])) == pytest.approx(scores(expected), abs=1e-3)
 
 
+def test_trainer_accumulates_the_mean_over_an_update(folder, tmp_path):
+    pixels = torch.rand(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    rows = [dict(pixel_values=image, labels=i % 4) for i, image in enumerate(pixels)]
+    found = []
+    for batch in (16, 4):
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        for module in model.modules():  # whose statistics see another batch
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.train = lambda mode=True: None
+                module.training = False
+        model.timm_model.configure(partition_train="expected")
+        arguments = TrainingArguments(
+            tmp_path / f"batches of {batch}", max_steps=1, per_device_train_batch_size=batch, optim="sgd",
+            gradient_accumulation_steps=16 // batch, learning_rate=0.01, max_grad_norm=0, remove_unused_columns=False,
+            report_to=[], use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True, save_strategy="no")
+        trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=s3n_timm.S3NLoss().trainer_loss)
+        loss = trainer.train().training_loss
+        found.append((loss, model.timm_model.fusion.weight.detach()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+
+
 def test_trainer_trains_every_branch(folder, tmp_path):
     """In train mode the logits are those of all outputs, which S3NLoss takes; in eval mode they are a tensor."""
     model = AutoModelForImageClassification.from_pretrained(folder)
@@ -83,7 +105,6 @@ def test_trainer_trains_every_branch(folder, tmp_path):
 
     train, test = (drawn_birds(split, 16, 4, 64, cache_dir=tmp_path / "birds").with_transform(prepare)
                    for split in ("train", "test"))
-    loss = s3n_timm.S3NLoss()
     trainer = Trainer(
         model,
         TrainingArguments(tmp_path / "output", max_steps=2, per_device_train_batch_size=8, learning_rate=0.01,
@@ -91,7 +112,7 @@ def test_trainer_trains_every_branch(folder, tmp_path):
                           disable_tqdm=True),
         train_dataset=train,
         eval_dataset=test,
-        compute_loss_func=lambda outputs, labels, **_: loss(outputs.logits, labels),
+        compute_loss_func=s3n_timm.S3NLoss().trainer_loss,
     )
     assert trainer.train().training_loss > 3 * trainer.evaluate()["eval_loss"]  # eq. 9 has four terms, an answer one
     assert trainer.predict(test).predictions.shape == (16, 4)

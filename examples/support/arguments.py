@@ -31,6 +31,12 @@ TRACKERS = tuple(str(name) for name in LoggerType)
 # flags without a default, which a recipe gives
 NEEDED = ("backbone", "img_size", "batch_size", "epochs", "opt", "momentum", "weight_decay", "lr", "sched", "scale")
 
+# options of the model that --model-kwargs leaves to flags and to the data set
+SETTLED = frozenset((
+    "backbone", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "num_classes", "preset", "branches",
+    "attention", "answer",
+))
+
 # what may differ between a run and the one that goes on from its checkpoint, without a change of what is learned
 FREE_TO_CHANGE = frozenset((
     "output", "resume", "recipe", "epochs", "patience", "workers", "verify", "cpu_threads", "data_dir",
@@ -239,11 +245,12 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse what can be refused before anything is read."""
     for name in ("img_size", "batch_size", "epochs", "lr", "grad_accum_steps", "checkpoint_hist",
                  "checkpoint_every", "patience", "val_interval", "num_images", "shuffle_buffer", "clip_grad",
-                 "layer_decay", "cpu_threads"):
+                 "layer_decay", "cpu_threads", "crop_pct"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}.")
     for name, most in dict(mixup=math.inf, cutmix=math.inf, color_jitter=math.inf, weight_decay=math.inf, reprob=1,
+                           warmup_epochs=math.inf, backbone_lr_scale=math.inf, beta_lr_scale=math.inf,
                            momentum=1, model_ema_decay=1, seed=MAX_SEED).items():
         if not 0 <= getattr(args, name) <= most:
             parser.error(f"--{name.replace('_', '-')} must lie in 0 to {most:g}, got {getattr(args, name)}.")
@@ -263,7 +270,13 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     least = dict(rsqrt=1, wsd=0).get(args.sched)
     if least is not None and not least <= args.warmup_epochs < args.epochs:
         parser.error(f"--sched {args.sched} needs --warmup-epochs from {least} to below --epochs {args.epochs}.")
-    _check_name("--opt", args.opt.lower().removeprefix("lookahead_"), list_optimizers(), parser)
+    optimizer = args.opt.lower().removeprefix("lookahead_")
+    _check_name("--opt", optimizer, list_optimizers(), parser)
+    if optimizer == "adahessian":
+        parser.error("--opt adahessian needs second derivatives, which are not computed: choose another.")
+    for options in (args.model_kwargs, args.model_kwargs.get("backbone_args")):
+        for name in SETTLED.intersection(options) if isinstance(options, dict) else ():
+            parser.error(f"--model-kwargs cannot hold {name}: a flag or the data set settles it.")
     for name in args.log_with:
         _check_name("--log-with", name, TRACKERS, parser)
     own = args.dataset in ("folder", "multi-label", "parquet")  # which may have a validation part
