@@ -331,12 +331,14 @@ FRONTIER_HEADER = (*HEADER[:9], "best baseline", "− best baseline")
 def find_best_baselines(runs: Runs) -> dict[int, str]:
     """The plain row of the highest mean top-1 on the images of the runs, for each input size in pixels.
 
-    Choosing it there favors the baseline.
+    Choosing it there favors the baseline. Of rows with as many seeds as any: one of fewer is above others by chance, and
+    less could be compared with it.
     """
     best: dict[int, str] = {}
     for name in filter(lambda name: ROWS[name].is_plain, runs):
         side = input_side(next(iter(runs[name].values()))["train"])
-        best[side] = max(best.get(side, name), name, key=lambda each: statistics.fmean(read_top1(runs[each])))
+        best[side] = max(best.get(side, name), name,
+                         key=lambda each: (len(runs[each]), statistics.fmean(read_top1(runs[each]))))
     return best
 
 
