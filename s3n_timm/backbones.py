@@ -63,7 +63,8 @@ def create_backbone(
     name: str | None = getattr(backbone, "pretrained_cfg", {}).get("architecture")
     if getattr(backbone, "num_classes", None) != max(num_classes, 1):
         backbone.reset_classifier(max(num_classes, 1))
-    args = {k: v for k, v in get_model_args(backbone).items() if k not in ("num_classes", "in_chans", "global_pool")}
+    own = ("num_classes", "in_chans", "global_pool", "img_size")  # S3N has these itself
+    args = {k: v for k, v in get_model_args(backbone).items() if k not in own}
     return backbone, name, args
 
 

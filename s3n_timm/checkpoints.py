@@ -12,14 +12,15 @@ import stat
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import PretrainedCfg, get_model_args
+from timm.layers import to_2tuple
+from timm.models import PretrainedCfg, get_model_args, get_model_traits
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -122,8 +123,7 @@ def check_shapes(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 
     wrong = [
         f"{name} ({sides(value)}, not {sides(own[name])})"
-        for name, value in state_dict.items()
-        if value.shape != own[name].shape
+        for name, value in state_dict.items() if value.shape != own[name].shape
     ]
     if wrong:
         raise RuntimeError(f"The checkpoint has tensors of the wrong shape: {join_names(wrong)}.")
@@ -203,14 +203,26 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: S3N) -> dict[str,
     )
     # timm adapts these, where classes or channels differ, and torch checks them after that
     adapted = tuple(f"{name}." for name in (*classifiers, *as_names(cfg.get("first_conv"))))
-    check_shapes({name: value for name, value in whole.items() if not name.startswith(adapted)}, own)
     check_values(whole, own)
+    whole = _resize(whole, model)
+    check_shapes({name: value for name, value in whole.items() if not name.startswith(adapted)}, own)
     return whole
 
 
 def as_names(names: str | Iterable[str] | None) -> tuple[str, ...]:
     """timm's configs name a module by one name, several, or none."""
     return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _resize(whole: dict[str, Tensor], model: S3N) -> dict[str, Tensor]:
+    """Let timm resample what depends on the image size, such as position embeddings, where another one was saved."""
+    saved = getattr(model, "pretrained_model_args", {}).get("img_size")
+    if saved is None or to_2tuple(saved) == get_model_traits(model.backbone).get("img_size"):
+        return whole
+    backbone = {name.removeprefix("backbone."): value for name, value in whole.items() if name.startswith("backbone.")}
+    with suppress(Exception):  # what timm cannot resample, check_shapes names
+        whole = whole | {f"backbone.{name}": value for name, value in _load_backbone(backbone, model).items()}
+    return whole
 
 
 def _load_backbone(state_dict: dict[str, Tensor], model: S3N) -> dict[str, Tensor]:
@@ -220,9 +232,9 @@ def _load_backbone(state_dict: dict[str, Tensor], model: S3N) -> dict[str, Tenso
         raise RuntimeError("The checkpoint is empty.")
     if name is None:
         return state_dict
-    args = get_model_args(model.backbone)
     # of as many classes as the checkpoint: with another number timm would not be strict
-    args.update(num_classes=cfg["num_classes"], in_chans=cfg["input_size"][0])
+    args = get_model_args(model.backbone) | dict(num_classes=cfg["num_classes"], in_chans=cfg["input_size"][0])
+    args["pretrained_model_args"] = getattr(model, "pretrained_model_args", {})  # tells timm the size to resample from
 
     def load(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         overlay = dict(state_dict=dict(state), num_classes=cfg["num_classes"])
@@ -233,15 +245,11 @@ def _load_backbone(state_dict: dict[str, Tensor], model: S3N) -> dict[str, Tenso
     except (RuntimeError, KeyError) as error:
         with torch.device("meta"):
             twin = timm.create_model(name, **args).state_dict()
-        new = {
-            key: _start(model, key, value) for key, value in twin.items() if key.startswith(f"{model.head.classifier}.")
-        }
+        prefix = f"{model.head.classifier}."
+        new = {key: _start(model, key, value) for key, value in twin.items() if key.startswith(prefix)}
         if not new.keys() & state_dict.keys():
-            try:
+            with suppress(RuntimeError, KeyError):
                 loaded = load(state_dict | new)
-            except (RuntimeError, KeyError):
-                pass
-            else:
                 _logger.info("The checkpoint has no classifier; newly initialized: %s.", ", ".join(new))
                 return loaded
         raise RuntimeError(f"The checkpoint is neither one of this S3N nor of its backbone {name}: {error}") from error
@@ -350,9 +358,7 @@ def check_cfg(cfg: Mapping[str, Any], *, plain: bool = False) -> None:
             raise ValueError(f"pretrained_cfg: {name} must be left out, as these weights have none.")
     labels = given.get("label_names")
     # a dict names classes by their index and may leave some out
-    if labels is not None and (
-        len(labels) > classes or (len(labels) < classes and not isinstance(labels, Mapping))
-    ):
+    if labels is not None and (len(labels) > classes or (len(labels) < classes and not isinstance(labels, Mapping))):
         raise ValueError(f"pretrained_cfg: label_names has {len(labels)} names for {classes} classes.")
 
 

@@ -18,6 +18,8 @@ from timm.layers import Linear, RmsNorm, RmsNorm2d
 from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .backbones import Backbone
 from .response import class_response_maps, gate_response, grid_mean, project_response
@@ -51,6 +53,7 @@ class Head:
     norm: str | None  # name of a norm between pooling and classifier
     linear: bool  # nothing else stands between pooling and classifier
     reads_hidden: bool  # classifier(forward_head(x, pre_logits=True)) are the logits
+    dropout: float  # rate of the dropout before the classifier, where forward_head(x, pre_logits=True) leaves it out
     modules: tuple[str, ...]  # names of all modules that the head runs
     exact: bool  # the mean of a response map equals its class score
 
@@ -88,7 +91,8 @@ class Head:
 
     def pool(self, backbone: Backbone, features: Tensor) -> Tensor:
         """All of the head but its classifier: B×D×h×w features to B×D' pooled features."""
-        return backbone.forward_head(self.from_map(features), pre_logits=True)
+        hidden = backbone.forward_head(self.from_map(features), pre_logits=True)
+        return F.dropout(hidden, self.dropout, backbone.training) if self.dropout else hidden
 
     def classify(self, backbone: Backbone, features: Tensor, hidden: Tensor) -> Tensor:
         """B×C logits, from the pooled features where the classifier reads those."""
@@ -231,8 +235,8 @@ def inspect_head(backbone: Backbone) -> Head:
     with evaluating(backbone.modules()), torch.no_grad():
         features = _draw_features(backbone, input_size)
         layout, prefix, width = _find_layout(backbone, features, name)
-        logits, calls = _run_head(backbone, features, width)
-        hidden, hidden_calls = _run_head(backbone, features, width, pre_logits=True)
+        logits, calls, rates = _run_head(backbone, features, width)
+        hidden, hidden_calls, hidden_rates = _run_head(backbone, features, width, pre_logits=True)
         if not all(isinstance(x, Tensor) and x.ndim == 2 for x in (logits, hidden)):
             raise NoResponseMap(f"{name}'s head does not give one B×C tensor, which a response map must average to.")
         if any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m, _ in calls.values()):
@@ -252,6 +256,7 @@ def inspect_head(backbone: Backbone) -> Head:
             norm=norm if linear else None,
             linear=linear,
             reads_hidden=not between.keys() - hidden_calls.keys(),
+            dropout=next(iter(rates[len(hidden_rates):]), 0.0),
             modules=tuple(calls),
             exact=linear or all(isinstance(m, _AFFINE) for m in between.values()),
         )
@@ -301,13 +306,26 @@ def _draw_features(backbone: Backbone, input_size: Sequence[int]) -> Any:
     return torch.randn(features.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(parameter)
 
 
+class _DropoutRates(TorchFunctionMode):
+    """Keeps the rate of every dropout that is called, also of those that are no modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates: list[float] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.dropout:
+            self.rates.append(float(kwargs["p"]))
+        return func(*args, **(kwargs or {}))
+
+
 def _run_head(
         backbone: Backbone,
         features: Tensor,
         width: int,
         **kwargs: Any,
-) -> tuple[Tensor, dict[str, tuple[nn.Module, bool]]]:
-    """Run forward_head() and list the modules that it ran, each with whether its input was pooled already."""
+) -> tuple[Tensor, dict[str, tuple[nn.Module, bool]], list[float]]:
+    """Run forward_head() and list its modules, each with whether its input was pooled already, and dropout rates."""
     calls: dict[str, tuple[nn.Module, bool]] = {}
 
     def record(path: str, module: nn.Module, x: Tensor) -> None:
@@ -319,7 +337,8 @@ def _run_head(
         if not any(module.children())
     ]
     try:
-        return _call(backbone, "forward_head", features, **kwargs), calls
+        with _DropoutRates() as dropouts:
+            return _call(backbone, "forward_head", features, **kwargs), calls, dropouts.rates
     finally:
         for handle in handles:
             handle.remove()

@@ -33,7 +33,7 @@ from .checkpoints import (
     join_names,
     read_header,
 )
-from .config import OPTIONS
+from .config import OPTIONS, check_choice
 from .hub.download import verified_cfg
 from .model import S3N
 
@@ -110,6 +110,9 @@ def _create_s3n(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     unknown = sorted(kwargs.keys() - _ARGUMENTS)
     if unknown:
         raise TypeError(f"{variant} has no argument {join_names(unknown)}: see help(s3n_timm.S3N) for those it has.")
+    if kwargs.get("features_only"):
+        # timm's others take levels from the backbone's second call, on warped images, or see S3N's own children alone
+        check_choice("feature_cls", kwargs.get("feature_cls", "getter"), ("getter", "hook"))
     fixed = VARIANTS.get(variant)
     backbone = kwargs.setdefault("backbone", fixed or "resnet50")
     if fixed and (not isinstance(backbone, str) or backbone.split(".")[0] != fixed.split(".")[0]):
@@ -150,9 +153,11 @@ def _check_saved(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> None
         raise ValueError(f"config.json states {stated} classes, and {args['num_classes']!r:.80} in its model_args.")
     if pretrained:
         cfg = kwargs["pretrained_cfg"] = verified_cfg(cfg, kwargs.get("cache_dir"))
-    # as it was saved, whatever classes, channels and pooling are asked for now
+    # as it was saved, whatever classes, channels, pooling and image size are asked for now
     options = {name: value for name, value in kwargs.items() if name not in (*_TIMM_ARGUMENTS, "global_pool")}
     options |= dict(num_classes=stated, in_chans=cfg.get("input_size", PretrainedCfg.input_size)[0])
+    if "img_size" in args:
+        options["img_size"] = args["img_size"]
     saved = build_on_meta(lambda: build_model_with_cfg(S3N, variant, False, pretrained_cfg=cfg, **options))
     if pretrained and cfg.get("source") == "local-dir":
         header = read_header(cfg["file"])

@@ -1,5 +1,6 @@
 """Every family of timm models: whether its head has class response maps, and whether they average to its logits."""
 
+import copy
 from collections.abc import Mapping
 from contextlib import suppress
 from types import MappingProxyType
@@ -209,7 +210,7 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=MAPPED)
 def case(request):
     row = ROWS[request.param]
-    model = build(row)
+    model = build(row, drop_rate=0.5)
     head = inspect_head(model)
     x = image(model)
     with torch.no_grad():
@@ -300,6 +301,21 @@ def test_maps_change_no_state(case):
         torch.testing.assert_close(maps, evaluated, msg="maps differ between train and eval mode")
     finally:
         model.eval()
+
+
+def test_classifiers_read_features_that_were_dropped_once(case):
+    model, maps = copy.deepcopy(case.model), case.maps.repeat(16, 1, 1, 1)
+    with torch.no_grad():
+        expected = model.forward_head(case.features, pre_logits=True)
+        torch.testing.assert_close(case.head.pool(model, case.maps), expected, msg="features are dropped in eval mode")
+        model.train()
+        torch.manual_seed(0)
+        a, b = (case.head.pool(model, maps) for _ in range(2))
+        left = ((a != 0) & (b != 0)).sum() / ((a != 0) | (b != 0)).sum()
+        # of what is left in either draw a third is left in both: all without a dropout, a seventh after two
+        assert 0.25 < left < 0.45, f"{left:.2f} of the features are in both draws"
+        logits = [case.head.classify(model, maps, hidden) for hidden in (a, b)]
+    assert not torch.equal(*logits), "the backbone's classifier reads all features"
 
 
 def test_order_of_positions(case):

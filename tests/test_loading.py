@@ -168,6 +168,103 @@ def test_plain_weights_may_lack_their_classifier_alone(classes):
                 load(fault, num_classes)
 
 
+# another image size than the one that was saved
+
+SWIN = dict(backbone="swin_tiny_patch4_window7_224", backbone_args=dict(depths=(1, 1, 1, 1), embed_dim=24))
+VIT = dict(backbone="test_vit2")
+RESAMPLED = [
+    (VIT, 160, 224),
+    (VIT, (64, 128), (128, 64)),  # as many tokens
+    (SWIN, 224, 96),
+    (dict(backbone="test_coatnet"), 64, (64, 96)),
+]
+
+
+def create_sized(path, options, img_size):
+    torch.manual_seed(3)
+    model = timm.create_model("s3n", num_classes=5, img_size=img_size, **options)
+    return model, s3n_timm.save(model, path)
+
+
+@pytest.mark.parametrize(("options", "saved", "wanted"), RESAMPLED)
+def test_another_image_size_is_timms_resampling(tmp_path, options, saved, wanted):
+    model, folder = create_sized(tmp_path / "m", options, saved)
+    plain = load_model(s3n_timm.save(s3n_timm.extract_backbone(model), tmp_path / "plain"), img_size=wanted)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=wanted)
+    own, before = again.state_dict(), model.state_dict()
+    expected = {f"backbone.{name}": value for name, value in plain.state_dict().items()}
+    expected |= {name: value for name, value in before.items() if not name.startswith("backbone.")}
+    assert own.keys() == expected.keys()
+    different = [name for name, value in expected.items() if not torch.equal(own[name], value)]
+    assert not different, f"not as timm loads the backbone alone: {different}"
+    changed = [name for name, value in before.items() if value.shape != own[name].shape or (value != own[name]).any()]
+    assert changed, "nothing depends on the size: choose another model"
+    size = (wanted, wanted) if isinstance(wanted, int) else wanted
+    with torch.no_grad():
+        assert again.eval()(images(size=size)).isfinite().all()
+    # what is saved again is of the new size
+    twice = load_model(s3n_timm.save(again, tmp_path / "again"))
+    assert all(torch.equal(value, own[name]) for name, value in twice.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_same_image_size_changes_no_bit(tmp_path, dtype):
+    model, _ = create_sized(tmp_path / "m", SWIN, 96)
+    folder = s3n_timm.save(model.to(dtype), tmp_path / "m")
+    for options in ({}, dict(img_size=96), dict(img_size=(96, 96))):
+        own = load_model(folder, **options).state_dict()
+        assert all(torch.equal(own[name], value.to(own[name].dtype)) for name, value in model.state_dict().items())
+        assert own["backbone.head.fc.weight"].dtype == torch.float32
+
+
+def test_another_image_size_with_other_classes_and_channels(tmp_path):
+    _, folder = create_sized(tmp_path / "m", VIT, 64)
+    expected = load_model(folder, img_size=96).state_dict()
+    for options in (dict(num_classes=3), dict(num_classes=0), dict(in_chans=1), dict(num_classes=7, in_chans=4)):
+        model = load_model(folder, img_size=96, **options)
+        own = model.state_dict()
+        new = {name for name in own if own[name].shape != expected[name].shape}
+        adapted = {"backbone.patch_embed.proj", *model.pretrained_cfg["classifier"]}
+        assert {name.rpartition(".")[0] for name in new} <= adapted
+        assert all(torch.equal(value, expected[name]) for name, value in own.items() if name not in new)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s | {"backbone.fc_norm.bias": torch.ones(3)}, r"wrong shape: backbone\.fc_norm\.bias \(3, not 64\)"),
+        (lambda s: s | {"backbone.pos_embed": torch.ones(1, 26, 64)}, r"wrong shape: backbone\.pos_embed \(1×26×64"),
+        (lambda s: s | {"beta.complementary": torch.ones(2)}, r"wrong shape: beta\.complementary \(2, not 1\)"),
+        (lambda s: s | {"backbone.pos_embed": s["backbone.pos_embed"] * torch.nan}, "NaN or infinite"),
+        (lambda s: s | {"backbone.pos_embed": s["backbone.pos_embed"].long()}, r"cannot hold: backbone\.pos_embed"),
+        (lambda s: {name: value for name, value in s.items() if "head." not in name}, "lacks keys.*head"),
+        (lambda s: s | {"backbone.x": torch.ones(1)}, "fit nowhere"),
+    ],
+)
+def test_another_image_size_excuses_no_other_fault(tmp_path, change, said):
+    _, folder = create_sized(tmp_path / "m", VIT, 64)
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file)
+    for options in ({}, dict(img_size=96)):
+        with pytest.raises(ValueError, match=said):
+            load_model(folder, **options)
+
+
+def test_a_family_that_timm_does_not_resample_is_refused(tmp_path):
+    options = dict(backbone="hiera_tiny_224", backbone_args=dict(stages=(1, 1, 1, 1), embed_dim=32))
+    _, folder = create_sized(tmp_path / "m", options, 128)
+    with pytest.raises(ValueError, match=r"wrong shape: backbone\.pos_embed \(1×1024×32, not 1×4096×32\)\.$"):
+        load_model(folder, img_size=256)
+
+
+def test_a_module_of_one_image_size_comes_back(tmp_path):
+    backbone = timm.create_model("test_vit2", num_classes=5, img_size=96)
+    model = s3n_timm.S3N(backbone, num_classes=5)
+    folder = s3n_timm.save(model, tmp_path)
+    assert torch.equal(load_model(folder).backbone.pos_embed, backbone.pos_embed)
+    assert load_model(folder, img_size=64).backbone.pos_embed.shape[1] == 4 * 4 + 1
+
+
 # files that hang, and configs that fill the memory
 
 

@@ -158,6 +158,22 @@ def test_weights_as_a_state_dict(resnet):
     assert_same(model.state_dict(), backbone.state_dict())
 
 
+def test_hooks_see_the_backbone_read_the_image():
+    x = images()
+    with torch.no_grad():
+        levels, hooked = (
+            timm.create_model("s3n_test_resnet", pretrained=True, features_only=True, feature_cls=kind).eval()(x)
+            for kind in ("getter", "hook")
+        )
+    torch.testing.assert_close(hooked, levels)
+
+
+@pytest.mark.parametrize("feature_cls", ["fx", "dict", "list", timm.models.FeatureListNet])
+def test_feature_classes_that_do_not_see_the_backbone_are_refused(feature_cls):
+    with pytest.raises(ValueError, match="feature_cls must be one of 'getter', 'hook', got"):
+        timm.create_model("s3n_test_resnet", features_only=True, feature_cls=feature_cls)
+
+
 @pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"there are no real weights here: {WEIGHTS} is absent")
 @pytest.mark.parametrize("num_classes", [1000, 5])
 def test_real_weights(num_classes):

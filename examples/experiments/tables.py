@@ -331,8 +331,8 @@ FRONTIER_HEADER = (*HEADER[:9], "best baseline", "− best baseline")
 def find_best_baselines(runs: Runs) -> dict[int, str]:
     """The plain row of the highest mean top-1 on the images of the runs, for each input size in pixels.
 
-    Choosing it there favors the baseline. Of rows with as many seeds as any: one of fewer is above others by chance, and
-    less could be compared with it.
+    Choosing it there favors the baseline. It is one with as many seeds as any: with fewer a row can be above others by
+    chance, and less could be compared with it.
     """
     best: dict[int, str] = {}
     for name in filter(lambda name: ROWS[name].is_plain, runs):
