@@ -31,6 +31,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from support.arguments import parse_args as parse_train_args
+from support.columns import add_columns, check_columns, list_columns
 from support.files import replace_text
 from support.launching import accept_any_encoding, exiting_on
 from support.loaders import TrainLoader, create_eval_loader, load_splits
@@ -227,6 +228,8 @@ def measure_data(args: argparse.Namespace, device: torch.device) -> list[dict[st
             if args.dataset:
                 given += ["--val-fraction", 0, "--dataset", args.dataset]
                 given += ["--data-dir", args.data_dir] if args.data_dir else []
+                given += [each for name, column in list_columns(args).items()
+                          for each in (f"--{name.replace('_', '-')}", column)]
             train_args = parse_train_args([str(each) for each in given])
         accelerator = Accelerator(cpu=device.type == "cpu")
         split = load_splits(train_args, verify=False)["train"]
@@ -304,7 +307,7 @@ def read_batches(model: nn.Module, test: Any, args: argparse.Namespace, device: 
 
 def measure_weights(folders: list[str], args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Images per second of trained models, with early exit as well, and the multiply-accumulates of one image."""
-    test = load(args.dataset, args.data_dir, "test") if args.dataset else None
+    test = load(args.dataset, args.data_dir, "test", **list_columns(args)) if args.dataset else None
     if test is not None and len(test) < args.batch_sizes[-1]:
         raise ValueError(f"--batch-sizes {args.batch_sizes[-1]} is more than the {len(test)} test images: lower it.")
     calls: Calls = {}
@@ -352,6 +355,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", help="of train.py: its test images for --weights, in place of noise, and its "
                                           "training images for data, in place of drawn birds")
     parser.add_argument("--data-dir", type=Path)
+    add_columns(parser)
     parser.add_argument("--batches", type=int, default=20, help="of --dataset")
     parser.add_argument("--exit-entropy", type=float, metavar="NATS", help="for --weights: with early exit as well")
     parser.add_argument("--backbone", default="resnet18", help="name of a timm model")
@@ -375,6 +379,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--exit-entropy needs --weights.")
     if args.dataset and not args.weights and args.sections and "data" not in args.sections:
         parser.error("--dataset needs --weights or the section data.")
+    check_columns(args, parser)
     if args.exit_entropy is not None and not args.dataset:
         parser.error("--exit-entropy needs --dataset: how many images leave early depends on them.")
     for name in ("sizes", "batch_sizes", "batches", "peaks", "min_rounds", "max_rounds", "seconds", "minutes"):

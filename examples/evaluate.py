@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
+from support.columns import add_columns, check_columns, list_columns
 from support.files import replace_text
 from support.launching import (
     PATIENT,
@@ -76,8 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--split", default="test")
     data.add_argument("--val-fraction", type=float, default=0.0, metavar="PART",
                       help="with --split train: evaluate the part that train.py held out, see --seed")
-    data.add_argument("--image-column", metavar="NAME", help="parquet and hub: the column of images, if not image")
-    data.add_argument("--label-column", metavar="NAME", help="parquet and hub: the column of labels, if not label")
+    add_columns(data)
     data.add_argument("--ignore-names", action="store_true",
                       help="take classes by their order where the data set names them otherwise than the model")
     data.add_argument("--num-images", type=int, help="drawn birds: images (default: 750)")
@@ -114,9 +114,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("num_images", "batch_size", "img_size", "crop_pct", "cpu_threads", "faithfulness_images"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}.")
-    for name in ("image_column", "label_column"):
-        if getattr(args, name) and not args.dataset.startswith(("parquet", "hub:")):
-            parser.error(f"--{name.replace('_', '-')} is for parquet and hub:NAME alone, not for {args.dataset}.")
+    check_columns(args, parser)
     if args.val_fraction and args.split != "train":
         parser.error(f"--val-fraction is a part of --split train, not of {args.split}.")
     if not 0 <= args.val_fraction < 1:
@@ -188,8 +186,7 @@ def load_data(
         size = max(data_config["input_size"][1:])
         options = dict(num_images=args.num_images or 750, num_classes=model.num_classes, size=size)
     else:
-        columns = dict(image_column=args.image_column, label_column=args.label_column)
-        options = dict(verify=verify, **{key: name for key, name in columns.items() if name})
+        options = dict(verify=verify, **list_columns(args))
     dataset = load(args.dataset, args.data_dir, args.split, **options)
     if args.val_fraction:
         _, dataset = hold_out(dataset, args.val_fraction, args.seed)

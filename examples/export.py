@@ -22,6 +22,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from support.columns import add_columns, check_columns
 from support.files import replace_text, replacing_file
 from support.launching import accept_any_encoding, exiting_on
 from support.quantization import export_int8, load_int8_data
@@ -60,6 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     int8.add_argument("--int8", choices=("dynamic", "static"), help="also a quantized ONNX model")
     int8.add_argument("--dataset", help="birds, cub, aircraft, cars, folder, parquet or hub:NAME, for its accuracy")
     int8.add_argument("--data-dir", help="folder of the data set; drawn birds and the Hub need none")
+    add_columns(int8)
     int8.add_argument("--num-calibration", type=int, default=32, help="static: training images to find ranges on")
     int8.add_argument("--num-test", type=int, default=500, help="at most so many test images")
 
@@ -73,6 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--opset must be 18 or later, got {args.opset}: PyTorch writes no earlier ones.")
     if bool(args.int8) != bool(args.dataset):
         parser.error("--int8 and --dataset belong together: the accuracy of int8 is measured on labeled images.")
+    check_columns(args, parser)
     if args.int8 and "onnx" not in args.formats:
         parser.error("--int8 quantizes the ONNX model: add onnx to --formats.")
     return args

@@ -511,3 +511,11 @@ def test_int8_wants_the_models_classes(saved, tmp_path):
     assert f"--dataset folder has 2 classes and WEIGHTS {saved} has {CLASSES}" in text
     assert "Traceback" not in text
     assert not (tmp_path / "out").exists(), "said before anything is exported"
+    (tmp_path / "parquet").mkdir()
+    for split in ("train", "test"):
+        renamed = load("folder", tmp_path / "data", split).rename_columns(dict(image="photo", label="kind"))
+        renamed.to_parquet(tmp_path / "parquet" / f"{split}.parquet")
+    words = (saved, "--output", tmp_path / "out", "--int8", "static", "--data-dir", tmp_path / "parquet", "--formats",
+             "onnx", "--image-column", "photo", "--label-column", "kind")
+    assert "parquet has 2 classes" in export_script(*words, "--dataset", "parquet", ok=False)
+    assert "--image-column is for parquet" in export_script(*words, "--dataset", "folder", ok=False)

@@ -565,6 +565,18 @@ def test_one_image_of_each_class_is_held_out_at_least(tmp_path, count, fraction,
         hold_out(dataset.select(range(7 * count + 1)), fraction, 0)
 
 
+@pytest.mark.parametrize(("counts", "fraction"), [
+    ([100, 2, 2, 2], 0.1), ([30] * 8 + [4] * 4, 0.1), ([40, 10], 0.04), ([97, 3], 0.1), ([2, 2, 90], 0.9)])
+def test_small_classes_beside_large_ones_are_in_both_parts(counts, fraction):
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    feature = datasets.ClassLabel(num_classes=len(counts))
+    dataset = datasets.Dataset.from_dict(dict(label=labels, number=range(len(labels)))).cast_column("label", feature)
+    for seed in range(5):
+        train_part, val = hold_out(dataset, fraction, seed)
+        assert set(val["label"]) == set(train_part["label"]) == set(range(len(counts)))
+        assert sorted([*train_part["number"], *val["number"]]) == list(range(len(labels)))
+
+
 def test_no_class_is_held_out_as_a_whole(tmp_path):
     labels = [[0], [0], [1], [0, 2], [], [0], [1, 3], [0]]
     feature = datasets.Sequence(datasets.ClassLabel(names=["owl", "wren", "night", "pair"]))

@@ -63,8 +63,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--streaming", action="store_true", help="stream a hub data set instead of downloading it")
     data.add_argument("--shuffle-buffer", type=int, default=1000, help="images in a stream's shuffle buffer")
     data.add_argument("--val-fraction", type=float, default=0.1,
-                      help="fraction of the training images held out for validation, one of each class at least; with "
-                           "0 the last epoch is kept. A validation part of the data, such as DATA/val, takes its place")
+                      help="fraction of the training images held out for validation, one of each class at least (with "
+                           "several labels an image: of all); with 0 the last epoch is kept. A validation part of the "
+                           "data, such as DATA/val, takes its place")
     data.add_argument("--balanced", action="store_true", help="sample all classes equally often, with replacement")
     data.add_argument("--verify", action=on_off, default=True,
                       help="decode all images and look for duplicates between splits before training")

@@ -75,7 +75,7 @@ def spread_over(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
 
 
 def hold_out(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training images without a part of every class, and that part: at least one image of each.
+    """Training images without a part of every class, and that part: at least one image of each, in both.
 
     Where images have several labels it is a part of all; images of a class that no other would train stay in training.
 
@@ -94,7 +94,22 @@ def hold_out(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datas
         raise ValueError(f"--val-fraction {fraction} of {len(train)} images leaves less than one for each of "
                          f"{len(counts)} classes to train on: give a smaller one.")
     parts = train.train_test_split(held, stratify_by_column="label", seed=seed)
-    return parts["train"], parts["test"]
+    rest, val = lend_classes(parts["train"], parts["test"])  # the shares of small classes were rounded
+    val, rest = lend_classes(val, rest)
+    return rest, val
+
+
+def lend_classes(
+        source: datasets.Dataset, target: datasets.Dataset,
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Both, after an image of each class that the target lacks has gone there."""
+    known = set(target.with_format(None)["label"][:])
+    labels = source.with_format(None)["label"][:]
+    lent = sorted({label: row for row, label in enumerate(labels) if label not in known}.values())
+    if not lent:
+        return source, target
+    left = sorted(set(range(len(labels))) - set(lent))
+    return source.select(left), datasets.concatenate_datasets([target, source.select(lent)])
 
 
 def hold_out_of_all(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -26,6 +26,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from rich.console import Console
 from rich.table import Table
+from support.columns import list_columns
 from support.files import replacing_file
 from support.measuring import match_classes
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def load_labeled(
         read: Callable[[Any], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Images, preprocessed by `read`, and labels of a split; `count` of them drawn at random, where it has more."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(list_columns(args))
     if args.dataset == "birds":
         options = dict(num_images=count, num_classes=model.num_classes)
     dataset = load(args.dataset, args.data_dir, split, **options)
