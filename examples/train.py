@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     refuse_lone_process()
     share_cpus()
-    with exiting_on(), StopSignal() as stop, exiting_on(OutputError, DataError, FloatingPointError):
+    with StopSignal() as stop, exiting_on(OutputError, DataError, FloatingPointError):
         with exiting_on(ValueError):
             accelerator = create_accelerator(args)
         set_seed(args.seed)

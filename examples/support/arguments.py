@@ -276,7 +276,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if optimizer == "adahessian":
         parser.error("--opt adahessian needs second derivatives, which are not computed: choose another.")
     for options in (args.model_kwargs, args.model_kwargs.get("backbone_args")):
-        for name in SETTLED.intersection(options) if isinstance(options, dict) else ():
+        for name in sorted(SETTLED.intersection(options)) if isinstance(options, dict) else ():
             parser.error(f"--model-kwargs cannot hold {name}: a flag or the data set settles it.")
     for name in args.log_with:
         _check_name("--log-with", name, TRACKERS, parser)

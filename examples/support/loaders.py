@@ -77,13 +77,21 @@ def spread_over(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
 def hold_out(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training images without a part of every class, and that part: at least one image of each, in both.
 
-    Where images have several labels it is a part of all; images of a class that no other would train stay in training.
+    Where images have several labels it is a part of all, and training keeps an image of each class.
 
     Raises:
-        ValueError: a class has too few images.
+        ValueError: a class has too few images, or no image can be spared.
     """
     if is_multi_label(train):
-        return hold_out_of_all(train, fraction, seed)
+        try:
+            parts = train.train_test_split(fraction, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"--val-fraction {fraction} cannot be held out of training: {error}") from error
+        val, rest = lend_classes(parts["test"], parts["train"])
+        if not len(val):
+            raise ValueError(f"--val-fraction {fraction} holds out only images of classes that no other image has: "
+                             "give validation images of your own (DATA/val), or --val-fraction 0.")
+        return rest, val
     labels, counts = np.unique(train.with_format(None)["label"][:], return_counts=True)
     if counts.min() < 2:
         name = class_names(train)[labels[counts.argmin()]]
@@ -102,29 +110,21 @@ def hold_out(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datas
 def lend_classes(
         source: datasets.Dataset, target: datasets.Dataset,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Both, after an image of each class that the target lacks has gone there."""
-    known = set(target.with_format(None)["label"][:])
-    labels = source.with_format(None)["label"][:]
-    lent = sorted({label: row for row, label in enumerate(labels) if label not in known}.values())
+    """Both, after images of the classes that the target lacks have gone there, no more than one for each."""
+    known = {label for labels in list_labels(target) for label in labels}
+    left, lent = [], []
+    for row, labels in enumerate(list_labels(source)):
+        (left if known.issuperset(labels) else lent).append(row)
+        known.update(labels)
     if not lent:
         return source, target
-    left = sorted(set(range(len(labels))) - set(lent))
     return source.select(left), datasets.concatenate_datasets([target, source.select(lent)])
 
 
-def hold_out_of_all(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    try:
-        parts = train.train_test_split(fraction, seed=seed)
-    except ValueError as error:
-        raise ValueError(f"--val-fraction {fraction} cannot be held out of training: {error}") from error
-    rest, held = parts["train"], parts["test"]
-    trained = set(itertools.chain.from_iterable(rest.with_format(None)["label"][:]))
-    spared = [trained.issuperset(labels) for labels in held.with_format(None)["label"][:]]
-    if not any(spared):
-        raise ValueError(f"--val-fraction {fraction} holds out only images of classes that no other image has: give "
-                         "validation images of your own (DATA/val), or --val-fraction 0.")
-    needed = held.select([i for i, free in enumerate(spared) if not free])
-    return datasets.concatenate_datasets([rest, needed]), held.select([i for i, free in enumerate(spared) if free])
+def list_labels(split: datasets.Dataset) -> list[list[int]]:
+    """The labels of each image, one or several."""
+    labels = split.with_format(None)["label"][:]
+    return labels if is_multi_label(split) else [[label] for label in labels]
 
 
 def count_test_birds(num_images: int, num_classes: int) -> int:

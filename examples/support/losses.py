@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.loaders import list_labels
 
 import s3n_timm
-from s3n_timm.data import is_multi_label
 
 
 def create_criterion(args: argparse.Namespace, class_weights: list[float] | None, classes: int) -> s3n_timm.S3NLoss:
@@ -45,9 +45,7 @@ def list_class_weights(args: argparse.Namespace, names: list[str], train: Any) -
         return None
     if args.class_weights != "balanced":
         return read_class_weights(Path(args.class_weights), names)
-    labels = train.with_format(None)["label"][:]
-    if is_multi_label(train):
-        labels = list(itertools.chain.from_iterable(labels))
+    labels = list(itertools.chain.from_iterable(list_labels(train)))
     counts = torch.bincount(torch.as_tensor(labels), minlength=len(names))
     if not counts.all():
         raise ValueError(f"--class-weights balanced: class {names[int(counts.argmin())]!r} has no training image.")

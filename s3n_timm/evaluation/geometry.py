@@ -2,8 +2,8 @@
 
 Pixel coordinates count from the image's top left corner, x right and y down, so that the center of the first pixel is
 (0.5, 0.5): boxes (x0, y0, x1, y1) and points of the data sets are of that kind. A stored image is what `read_image`
-makes of a file, turned as its EXIF block says. Coordinates of warp grids are in
-[-1, 1], the corner pixels' centers at ±1.
+makes of a file, turned as its EXIF block says. Coordinates of warp grids are in [-1, 1], the corner pixels' centers at
+±1.
 """
 
 import math
